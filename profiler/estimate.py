@@ -1,0 +1,36 @@
+"""What a kernel model answers with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
+
+SOURCES = ("measured", "imported", "roofline", "assumed")
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Times of one kernel over an array of shapes; the three arrays have the same shape.
+
+    `time_s` is never below `floor_s`, the larger of FLOP ÷ peak and bytes ÷ bandwidth with every
+    byte counted once. `extrapolated` marks shapes outside what was measured; it is True everywhere
+    where nothing was. `source` is one of `SOURCES`.
+    """
+
+    time_s: FloatArray
+    floor_s: FloatArray
+    extrapolated: BoolArray
+    source: str
+
+
+def broadcast(*values: ArrayLike) -> tuple[FloatArray, ...]:
+    """The arguments as float64 arrays of one common shape."""
+    return tuple(
+        np.ascontiguousarray(array)
+        for array in np.broadcast_arrays(*(np.asarray(value, dtype=np.float64) for value in values))
+    )

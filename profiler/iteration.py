@@ -1,0 +1,356 @@
+"""From kernel times to the time of an iteration, in about a microsecond.
+
+Kernel models are vectorised and too slow for an event loop. Here they are evaluated once, on grids, for
+one model under one parallelisation; the event loop only interpolates:
+
+- everything that goes by tokens (linear layers, norms, collectives): a table with an entry per token count;
+- chunk attention: bilinear in chunk and context;
+- decode attention: for each number of decodes a polyline in their total context. On a polyline, the time
+  of a run of decode steps is a sum of arithmetic series, which is what lets a simulator take them at once.
+
+Interpolated values are never below the physical floor where the grid's are not: for a fixed batch the floor
+is convex in each length, so a chord lies above it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from profiler.decode_run import DecodeRun, Polyline
+from profiler.estimate import Estimate
+from profiler.kernels import Kernels
+from specs import ModelSpec, ParallelSpec
+
+FloatArray = NDArray[np.float64]
+
+LONGEST_TOKENS = 1 << 25  # grids reach 33M tokens; beyond, the last segment goes on
+DENSE_TOKENS = 16384  # token counts up to here have a table entry each
+ACTIVATION_BYTES = 2  # activations are bf16 whatever the weights are
+
+
+@dataclass(frozen=True, slots=True)
+class HostOverhead:
+    """Time the host adds to each iteration (scheduling, launching, sampling) that the device doesn't hide."""
+
+    base_s: float = 0.0
+    per_request_s: float = 0.0
+    source: str = "assumed"
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorRow:
+    """One operator's share of an iteration, summed over layers and stages."""
+
+    name: str
+    time_s: float
+    floor_s: float
+    source: str
+    extrapolated: bool
+
+
+class IterationModel:
+    """Predicted iteration time of one replica; implements ``policies.cost.CostModel``.
+
+    Args:
+        model: what is served.
+        kernels: kernel times of the device.
+        parallel: how the model is split; ``tp`` and ``spp`` matter here.
+        max_batch_tokens: tokens an iteration may hold, for the size of the tables.
+        max_batch_requests: requests an iteration may hold.
+        max_chunk_tokens: the longest chunk, for the grid.
+        host: host overhead per iteration.
+
+    Attributes:
+        stage_layers: layers of each stage.
+    """
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        kernels: Kernels,
+        parallel: ParallelSpec,
+        *,
+        max_batch_tokens: int = 8192,
+        max_batch_requests: int = 256,
+        max_chunk_tokens: int = 8192,
+        host: HostOverhead | None = None,
+    ) -> None:
+        self.model = model
+        self.kernels = kernels
+        self.parallel = parallel
+        self.host = host or HostOverhead()
+        self.stage_layers = parallel.layers_of_stage(model)
+        self._heads = model.num_heads // parallel.tp
+        self._kv_heads = model.num_kv_heads // parallel.tp
+        self._handover_is_inter_node = parallel.tp * parallel.spp > kernels.device.gpus_per_node
+        self._compile_tokens(max(max_batch_tokens, max_chunk_tokens))
+        self._compile_rows(max_batch_requests)
+        self._compile_chunks(max_chunk_tokens)
+        self._compile_decodes(max_batch_requests)
+
+    # -- the cost model ---------------------------------------------------------------------------------
+
+    def tokens_s(self, tokens: int, rows: int, requests: int) -> float:
+        """Seconds of all but attention, over all layers and stages: see ``CostModel.tokens_s``."""
+        by_tokens = self._tokens_table[tokens] if tokens < self._dense else self._tokens_line.at(tokens)
+        by_rows = self._rows_table[rows] if rows < len(self._rows_table) else self._rows_line.at(rows)
+        return by_tokens + by_rows + self.host.base_s + requests * self.host.per_request_s
+
+    def chunk_attention_s(self, chunk_tokens: int, context_tokens: int) -> float:
+        """Seconds of attention of one chunk, over all layers."""
+        i = bisect_right(self._chunk_knots, chunk_tokens) - 1
+        i = min(i, len(self._chunk_knots) - 2)
+        j = bisect_right(self._context_knots, context_tokens) - 1
+        j = min(j, len(self._context_knots) - 2)
+        low, high = self._chunk_rows[i], self._chunk_rows[i + 1]
+        u = (context_tokens - self._context_knots[j]) * self._context_scales[j]
+        v = (chunk_tokens - self._chunk_knots[i]) * self._chunk_scales[i]
+        at_low = low[j] + u * (low[j + 1] - low[j])
+        at_high = high[j] + u * (high[j + 1] - high[j])
+        return at_low + v * (at_high - at_low)
+
+    def decode_attention_s(self, decodes: int, total_context: int) -> float:
+        """Seconds of attention of the decodes, over all layers."""
+        line = self._decode_lines.get(decodes) or self._decode_line(decodes)
+        return line.at(total_context)
+
+    # -- what a simulator asks besides ------------------------------------------------------------------
+
+    def decode_run(self, decodes: int, total_context: int, steps: int) -> DecodeRun:
+        """``steps`` steps of the same decodes, every context one token longer each step."""
+        line = self._decode_lines.get(decodes) or self._decode_line(decodes)
+        constant_s = self.tokens_s(decodes, decodes, decodes)
+        return DecodeRun(line, constant_s, total_context, decodes, steps)
+
+    def stage_times_s(self, tokens: int, rows: int, requests: int, attention_s: float) -> list[float]:
+        """Seconds of each stage for a batch; their sum is the iteration's, hand-overs not included.
+
+        The embedding belongs to the first stage with the host's work, the LM head to the last; all layers
+        cost the same.
+        """
+        by_tokens = self._layers_s(tokens) + attention_s
+        layers = self.model.num_layers
+        times = [by_tokens * count / layers for count in self.stage_layers]
+        times[0] += self.host.base_s + requests * self.host.per_request_s
+        times[-1] += self._rows_table[rows] if rows < len(self._rows_table) else self._rows_line.at(rows)
+        return times
+
+    def handover_s(self, tokens: int) -> float:
+        """Seconds to hand the activations of ``tokens`` tokens to the next stage."""
+        return self._handover_line.at(tokens) if len(self.stage_layers) > 1 else 0.0
+
+    def chunk_is_extrapolated(self, chunk_tokens: int, context_tokens: int) -> bool:
+        """Whether a chunk's attention lies outside what was measured."""
+        i = min(bisect_right(self._chunk_knots, chunk_tokens) - 1, len(self._chunk_limits) - 1)
+        return context_tokens > self._chunk_limits[i]
+
+    def decode_is_extrapolated(self, decodes: int, total_context: int) -> bool:
+        """Whether the decodes' attention lies outside what was measured."""
+        i = min(bisect_right(self._decode_knots, decodes) - 1, len(self._decode_limits) - 1)
+        return total_context > self._decode_limits[i] * decodes
+
+    @property
+    def source(self) -> str:
+        """Sources of the operators, the weakest last: ``imported+roofline``, say."""
+        found = {row.source for row in self.explain([(512, 1024)], 8, 8192) if row.time_s > 0}
+        return "+".join(name for name in ("measured", "imported", "roofline", "assumed") if name in found)
+
+    def explain(
+        self, chunks: Sequence[tuple[int, int]], decodes: int = 0, decode_context: int = 0
+    ) -> list[OperatorRow]:
+        """One iteration, operator by operator, straight from the kernel models.
+
+        Args:
+            chunks: (tokens, context before them) of each prefill chunk.
+            decodes: number of decodes.
+            decode_context: sum of their contexts, tokens.
+        """
+        tokens = sum(chunk for chunk, _ in chunks) + decodes
+        rows = len(chunks) + decodes
+        layers = self.model.num_layers
+        result = [
+            _row(name, estimate, layers) for name, estimate in self._token_operators(np.array([float(tokens)]))
+        ]
+        if chunks:
+            sizes = np.array([[float(c), float(n)] for c, n in chunks])
+            estimate = self._chunk_estimate(sizes[:, 0], sizes[:, 1])
+            result.append(_row("prefill attention", estimate, layers))
+        if decodes:
+            estimate = self._decode_estimate(np.array([float(decodes)]), np.array([float(decode_context)]))
+            result.append(_row("decode attention", estimate, layers))
+        result.append(_row("embedding", self._embedding(np.array([float(tokens)])), 1))
+        result.extend(_row(name, e, 1) for name, e in self._row_operators(np.array([float(rows)])))
+        handovers = len(self.stage_layers) - 1
+        if handovers:
+            result.append(_row("stage hand-over", self._handover(np.array([float(tokens)])), handovers))
+        requests = len(chunks) + decodes
+        host_s = self.host.base_s + requests * self.host.per_request_s
+        result.append(OperatorRow("host overhead", host_s, 0.0, self.host.source, False))
+        return result
+
+    # -- work, for utilisation --------------------------------------------------------------------------
+
+    def flops(self, tokens: int, rows: int, attention_pairs: int) -> float:
+        """Useful FLOP of the whole replica: ``attention_pairs`` pairs of a query and a key."""
+        model = self.model
+        attention = 4.0 * attention_pairs * model.num_heads * model.head_dim * model.num_layers
+        return model.linear_flops_per_token() * tokens + model.lm_head_flops_per_row() * rows + attention
+
+    # -- operators --------------------------------------------------------------------------------------
+
+    def _token_operators(self, tokens: FloatArray) -> list[tuple[str, Estimate]]:
+        """Operators of one layer on one GPU that depend on the number of tokens alone."""
+        model, kernels, tp = self.model, self.kernels, self.parallel.tp
+        hidden, inter = model.hidden_size, model.intermediate_size // tp
+        q_size = self._heads * model.head_dim
+        kv_size = self._kv_heads * model.head_dim
+        element = ACTIVATION_BYTES * tokens
+        operators = [
+            ("qkv projection", kernels.gemm(tokens, q_size + 2 * kv_size, hidden)),
+            ("output projection", kernels.gemm(tokens, hidden, q_size)),
+            ("gate and up projection", kernels.gemm(tokens, 2 * inter, hidden)),
+            ("down projection", kernels.gemm(tokens, hidden, inter)),
+            # each of the two norms reads the residual and the update and writes both (fused add and norm)
+            ("attention norm", kernels.elementwise(element * 4 * hidden)),
+            ("mlp norm", kernels.elementwise(element * 4 * hidden)),
+            ("rope", kernels.elementwise(element * 2 * (q_size + kv_size))),
+            ("kv write", kernels.elementwise(element * 4 * kv_size)),
+            ("activation", kernels.elementwise(element * 3 * inter)),
+        ]
+        if tp > 1:
+            all_reduce = kernels.all_reduce(element * hidden, tp)
+            operators += [("all-reduce after attention", all_reduce), ("all-reduce after mlp", all_reduce)]
+        return operators
+
+    def _row_operators(self, rows: FloatArray) -> list[tuple[str, Estimate]]:
+        """Operators behind the last layer, by the rows whose logits are wanted."""
+        model, kernels, tp = self.model, self.kernels, self.parallel.tp
+        vocab = model.vocab_size // tp
+        operators = [
+            ("final norm", kernels.elementwise(ACTIVATION_BYTES * rows * 2 * model.hidden_size)),
+            ("lm head", kernels.gemm(rows, vocab, model.hidden_size)),
+            ("sampling", kernels.elementwise(4.0 * rows * 2 * model.vocab_size)),
+        ]
+        if tp > 1:
+            gathered = ACTIVATION_BYTES * rows * (model.vocab_size - vocab)
+            operators.append(("logits gather", kernels.send_recv(gathered, inter_node=False)))
+        return operators
+
+    def _embedding(self, tokens: FloatArray) -> Estimate:
+        return self.kernels.elementwise(ACTIVATION_BYTES * tokens * 2 * self.model.hidden_size)
+
+    def _handover(self, tokens: FloatArray) -> Estimate:
+        num_bytes = ACTIVATION_BYTES * tokens * self.model.hidden_size / self.parallel.tp
+        return self.kernels.send_recv(num_bytes, inter_node=self._handover_is_inter_node)
+
+    def _chunk_estimate(self, chunk: FloatArray, context: FloatArray) -> Estimate:
+        return self.kernels.prefill_attention(chunk, context, self._heads, self._kv_heads, self.model.head_dim)
+
+    def _decode_estimate(self, decodes: FloatArray, total_context: FloatArray) -> Estimate:
+        return self.kernels.decode_attention(
+            decodes, total_context, self._heads, self._kv_heads, self.model.head_dim
+        )
+
+    # -- grids ------------------------------------------------------------------------------------------
+
+    def _compile_tokens(self, max_tokens: int) -> None:
+        knots = token_knots(max(max_tokens, 2))
+        layer_s = np.sum([e.time_s for _, e in self._token_operators(knots)], axis=0)
+        layers_s = np.maximum.accumulate(layer_s) * self.model.num_layers + self._embedding(knots).time_s
+        handover = self._handover(knots).time_s
+        self._handover_line = Polyline(knots, np.maximum.accumulate(handover))
+        handovers_s = handover * (len(self.stage_layers) - 1)
+        self._layers_line = Polyline(knots, layers_s)
+        self._tokens_line = Polyline(knots, layers_s + handovers_s)
+        dense = np.arange(min(int(knots[-1]), DENSE_TOKENS) + 1, dtype=np.float64)
+        self._layers_table: list[float] = np.interp(dense, knots, layers_s).tolist()
+        self._tokens_table: list[float] = np.interp(dense, knots, layers_s + handovers_s).tolist()
+        self._dense = len(self._tokens_table)
+
+    def _compile_rows(self, max_rows: int) -> None:
+        knots = token_knots(max(max_rows, 2))
+        rows_s = np.maximum.accumulate(np.sum([e.time_s for _, e in self._row_operators(knots)], axis=0))
+        self._rows_line = Polyline(knots, rows_s)
+        dense = np.arange(max(max_rows, 2) + 1, dtype=np.float64)
+        table: list[float] = np.interp(dense, knots, rows_s).tolist()
+        table[0] = 0.0  # no row, no LM head
+        self._rows_table = table
+
+    def _compile_chunks(self, max_chunk: int) -> None:
+        chunks = np.unique(np.concatenate([[1, 2, 4, 8, 12, 16], _geometric(16, max(max_chunk, 32), 4)]))
+        contexts = np.concatenate([[0.0], _geometric(32, LONGEST_TOKENS, 3)])
+        estimate = self._chunk_estimate(*(a.ravel() for a in np.meshgrid(chunks, contexts, indexing="ij")))
+        times = estimate.time_s.reshape(len(chunks), len(contexts)) * self.model.num_layers
+        times = np.maximum.accumulate(np.maximum.accumulate(times, axis=0), axis=1)
+        self._chunk_knots: list[int] = chunks.astype(int).tolist()
+        self._context_knots: list[int] = contexts.astype(int).tolist()
+        self._chunk_scales: list[float] = (1.0 / np.diff(chunks)).tolist()
+        self._context_scales: list[float] = (1.0 / np.diff(contexts)).tolist()
+        self._chunk_rows: list[list[float]] = times.tolist()
+        outside = estimate.extrapolated.reshape(times.shape)
+        self._chunk_limits = _measured_limits(contexts, outside)
+
+    def _compile_decodes(self, max_decodes: int) -> None:
+        batches = np.unique(np.concatenate([[1, 2, 3, 4, 6], _geometric(8, max(max_decodes, 16), 2)]))
+        contexts = _geometric(1, LONGEST_TOKENS, 4)  # mean context of a decode
+        batch, mean = (a.ravel() for a in np.meshgrid(batches, contexts, indexing="ij"))
+        estimate = self._decode_estimate(batch, batch * mean)
+        times = estimate.time_s.reshape(len(batches), len(contexts)) * self.model.num_layers
+        self._decode_grid = np.maximum.accumulate(np.maximum.accumulate(times, axis=0), axis=1)
+        self._decode_knots: list[int] = batches.astype(int).tolist()
+        self._mean_contexts = contexts
+        self._decode_limits = _measured_limits(contexts, estimate.extrapolated.reshape(times.shape))
+        self._decode_lines: dict[int, Polyline] = {}
+
+    def _decode_line(self, decodes: int) -> Polyline:
+        """Attention time of ``decodes`` decodes against their total context; kept once made."""
+        i = min(bisect_right(self._decode_knots, decodes) - 1, len(self._decode_knots) - 2)
+        low, high = self._decode_knots[i], self._decode_knots[i + 1]
+        share = (decodes - low) / (high - low)
+        times = self._decode_grid[i] + share * (self._decode_grid[i + 1] - self._decode_grid[i])
+        line = self._decode_lines[decodes] = Polyline(self._mean_contexts * decodes, times)
+        return line
+
+    def _layers_s(self, tokens: int) -> float:
+        return self._layers_table[tokens] if tokens < self._dense else self._layers_line.at(tokens)
+
+
+def token_knots(largest: int) -> FloatArray:
+    """Token counts at which token-wise operators are evaluated: every one to 16, then ever coarser."""
+    steps = [(1, 16, 1), (16, 256, 16), (256, 1024, 64), (1024, 4096, 256), (4096, 16384, 1024)]
+    knots = np.concatenate([np.arange(start, stop, step) for start, stop, step in steps])
+    knots = np.concatenate([knots, _geometric(DENSE_TOKENS, max(largest, DENSE_TOKENS + 1), 4)])
+    beyond = np.searchsorted(knots, largest)
+    return np.asarray(knots[: max(int(beyond) + 1, 2)], dtype=np.float64)
+
+
+def _geometric(low: int, high: int, per_octave: int) -> FloatArray:
+    """Whole numbers from ``low`` to at least ``high``, ``per_octave`` of them to a doubling."""
+    count = int(np.ceil(np.log2(high / low) * per_octave)) + 1
+    return np.unique(np.round(low * 2.0 ** (np.arange(count) / per_octave)))
+
+
+def _measured_limits(contexts: FloatArray, outside: NDArray[np.bool_]) -> list[float]:
+    """For each row, the last context before the first extrapolated one: −1 if there is none before it,
+    infinity if none is extrapolated."""
+    limits = []
+    for row in outside:
+        first = int(row.argmax())
+        before = float(contexts[first - 1]) if first else -1.0
+        limits.append(before if row.any() else float("inf"))
+    return limits
+
+
+def _row(name: str, estimate: Estimate, times: int) -> OperatorRow:
+    return OperatorRow(
+        name=name,
+        time_s=float(estimate.time_s.sum()) * times,
+        floor_s=float(estimate.floor_s.sum()) * times,
+        source=estimate.source,
+        extrapolated=bool(estimate.extrapolated.any()),
+    )

@@ -1,0 +1,200 @@
+"""One replica: a scheduler, its pipeline stages and the links between them, as SimPy processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from typing import Any
+
+import simpy
+
+from policies.batch import Batch
+from policies.request import Request
+from policies.scheduler import Scheduler
+from profiler.decode_run import DecodeRun
+from profiler.iteration import IterationModel
+from traces.records import Recorder
+
+Process = Generator[simpy.Event, Any, None]
+
+
+class Replica:
+    """Executes what its scheduler decides, in simulated time.
+
+    The first stage asks for a batch whenever it is free and fewer batches than stages are in flight.
+    With several stages a batch then passes link, stage, link, … each one a process with a queue.
+
+    While only decodes run and nobody can join them, the batch can't change until a member finishes or a
+    request arrives. Such a stretch is one event (see :class:`~profiler.decode_run.DecodeRun`); an arrival
+    interrupts it, and the step then under way is finished first. ``step_by_step`` turns that off.
+    """
+
+    def __init__(
+        self,
+        env: simpy.Environment,
+        index: int,
+        scheduler: Scheduler,
+        cost: IterationModel,
+        recorder: Recorder,
+        on_finish: Callable[[Request], None],
+        *,
+        step_by_step: bool = False,
+    ) -> None:
+        self.env = env
+        self.index = index
+        self.scheduler = scheduler
+        self.cost = cost
+        self.recorder = recorder
+        self._on_finish = on_finish
+        self._step_by_step = step_by_step
+        self._num_stages = len(cost.stage_layers)
+        self._in_flight = 0
+        self._waiting_for_work: simpy.Event | None = None
+        self._in_run = False
+        # Each later stage has an inbox, and a link with an inbox before it.
+        self._inboxes = [simpy.Store(env) for _ in range(self._num_stages)]
+        self._links = [simpy.Store(env) for _ in range(self._num_stages)]
+        for stage in range(1, self._num_stages):
+            env.process(self._link(stage))
+            env.process(self._later_stage(stage))
+        self._process = env.process(self._first_stage())
+
+    def submit(self, request: Request) -> None:
+        """Hand a request to the scheduler, and see to it that the first stage takes notice."""
+        self.scheduler.add(request)
+        if self._in_run:
+            self._in_run = False
+            self._process.interrupt()
+        else:
+            self._wake_up()
+
+    def _wake_up(self) -> None:
+        if self._waiting_for_work is not None:
+            self._waiting_for_work.succeed()
+            self._waiting_for_work = None
+
+    # -- processes --------------------------------------------------------------------------------------
+
+    def _first_stage(self) -> Process:
+        env, scheduler = self.env, self.scheduler
+        while True:
+            batch = scheduler.next_batch(env.now) if self._in_flight < self._num_stages else None
+            if batch is None:
+                self._waiting_for_work = env.event()
+                yield self._waiting_for_work
+                continue
+            alone = self._in_flight == 0
+            self._in_flight += 1
+            steps = scheduler.steady_steps(batch) if alone and not self._step_by_step else 1
+            if steps > 1:
+                yield from self._run(batch, steps)
+            elif self._num_stages == 1:
+                start_s = env.now
+                yield env.timeout(
+                    self.cost.tokens_s(batch.tokens, batch.rows, batch.requests) + batch.attention_s
+                )
+                scheduler.leave_first_stage(batch)
+                self._record_stage(batch, 0, start_s)
+                self._complete(batch)
+            else:
+                start_s = env.now
+                times_s = self.cost.stage_times_s(batch.tokens, batch.rows, batch.requests, batch.attention_s)
+                yield env.timeout(times_s[0])
+                scheduler.leave_first_stage(batch)
+                self._record_stage(batch, 0, start_s)
+                self._links[1].put((batch, times_s))
+
+    def _run(self, batch: Batch, steps: int) -> Process:
+        """Take ``steps`` decode steps at once, or as many as begin before the next arrival."""
+        env = self.env
+        start_s = env.now
+        run = self.cost.decode_run(batch.num_decodes, batch.decode_context, steps)
+        self._in_run = True
+        try:
+            yield env.timeout(run.total_s)
+            self._in_run = False
+        except simpy.Interrupt:
+            steps, after_s = run.ending_after(env.now - start_s)
+            yield env.timeout(max(start_s + after_s - env.now, 0.0))
+        self._record_run(batch, run, start_s, steps)
+
+    def _link(self, stage: int) -> Process:
+        """Carries activations to ``stage``, one batch at a time."""
+        while True:
+            batch, times_s = yield self._links[stage].get()
+            yield self.env.timeout(self.cost.handover_s(batch.tokens))
+            self._inboxes[stage].put((batch, times_s))
+
+    def _later_stage(self, stage: int) -> Process:
+        while True:
+            batch, times_s = yield self._inboxes[stage].get()
+            start_s = self.env.now
+            yield self.env.timeout(times_s[stage])
+            self._record_stage(batch, stage, start_s)
+            if stage + 1 < self._num_stages:
+                self._links[stage + 1].put((batch, times_s))
+            else:
+                self._complete(batch)
+                self._wake_up()
+
+    # -- bookkeeping ------------------------------------------------------------------------------------
+
+    def _complete(self, batch: Batch) -> None:
+        """One iteration is over: its tokens are out."""
+        for gap_s, requests in batch.gaps(self.env.now):
+            self.recorder.gap(gap_s, 0.0, 1, requests)
+        self._count_work(batch, 1, batch.attention_s)
+        self._finish(batch, 1)
+
+    def _record_run(self, batch: Batch, run: DecodeRun, start_s: float, steps: int) -> None:
+        pool = batch.pool
+        assert pool is not None
+        for gap_s, requests in pool.gaps(start_s + run.pieces[0].first_s):
+            self.recorder.gap(gap_s, 0.0, 1, requests)
+        for piece in run.pieces_between(1, steps):
+            self.recorder.gap(piece.first_s, piece.growth_s, piece.steps, batch.num_decodes)
+        attention_s = self.env.now - start_s - steps * run.constant_s
+        self._count_work(batch, steps, attention_s)
+        self._finish(batch, steps)
+        self._record_stage(batch, 0, start_s, steps)
+
+    def _finish(self, batch: Batch, steps: int) -> None:
+        self._in_flight -= 1
+        for request in self.scheduler.complete(batch, self.env.now, steps):
+            self._on_finish(request)
+
+    def _record_stage(self, batch: Batch, stage: int, start_s: float, steps: int = 1) -> None:
+        scheduler = self.scheduler
+        self.recorder.batch(
+            start_s,
+            self.env.now,
+            self.index,
+            stage,
+            batch.id,
+            steps,
+            len(batch.chunks),
+            batch.tokens - batch.num_decodes,
+            batch.num_decodes,
+            scheduler.waiting,
+            scheduler.kv.used_blocks,
+        )
+
+    def _count_work(self, batch: Batch, steps: int, attention_s: float) -> None:
+        """Add up what the batch computed and read, and how much of its time was extrapolated."""
+        work, cost, decodes = self.recorder.work, self.cost, batch.num_decodes
+        work.iterations += steps
+        work.tokens += batch.tokens * steps
+        work.rows += batch.rows * steps
+        work.predicted_s += cost.tokens_s(batch.tokens, batch.rows, batch.requests) * steps + attention_s
+        if decodes:
+            # Each step attends to every context and to the new tokens, and contexts grow by one a step.
+            seen = steps * (batch.decode_context + decodes) + decodes * (steps * (steps - 1) // 2)
+            work.attention_pairs += seen
+            work.kv_tokens_read += seen
+            if cost.decode_is_extrapolated(decodes, batch.decode_context):
+                chunks_s = sum(cost.chunk_attention_s(c.tokens, c.context) for c in batch.chunks)
+                work.extrapolated_s += attention_s - chunks_s
+        for _, tokens, context in batch.chunks:
+            work.attention_pairs += tokens * context + tokens * (tokens + 1) // 2
+            work.kv_tokens_read += context + tokens
+            if cost.chunk_is_extrapolated(tokens, context):
+                work.extrapolated_s += cost.chunk_attention_s(tokens, context)

@@ -1,0 +1,243 @@
+"""What a run leaves behind: one row a request and one row a batch, the same from every driver.
+
+Columns are NumPy arrays; a driver fills them through a :class:`Recorder`. NaN means "no value".
+"""
+
+from __future__ import annotations
+
+import csv
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
+
+STATUSES = ("unfinished", "finished", "rejected")
+UNFINISHED, FINISHED, REJECTED = range(3)
+
+REQUEST_COLUMNS = (
+    "request_id",
+    "arrival_s",
+    "prompt_tokens",
+    "output_tokens",
+    "slo_class",
+    "replica",
+    "status",
+    "scheduled_s",
+    "first_token_s",
+    "finished_s",
+    "ttft_s",
+    "tpot_s",
+    "e2e_s",
+    "preemptions",
+    "deadline_s",
+    "slo_met",
+)
+BATCH_COLUMNS = (
+    "start_s",
+    "end_s",
+    "replica",
+    "stage",
+    "batch",
+    "steps",
+    "num_prefills",
+    "prefill_tokens",
+    "num_decodes",
+    "waiting",
+    "kv_used_blocks",
+)
+_BATCH_TIMES = ("start_s", "end_s")
+
+
+@dataclass(slots=True)
+class Work:
+    """Useful work of a run, for utilisation: integer sums over all batches of all replicas."""
+
+    iterations: int = 0
+    tokens: int = 0
+    rows: int = 0  # tokens that reached the LM head
+    attention_pairs: int = 0  # pairs of a query and a key
+    kv_tokens_read: int = 0
+    extrapolated_s: float = 0.0
+    predicted_s: float = 0.0
+
+
+@dataclass(slots=True)
+class RunRecords:
+    """The records of a run.
+
+    Attributes:
+        requests: columns of one entry a request: request_id, arrival_s, prompt_tokens, output_tokens,
+            slo_class and status (codes), replica (−1 if none), scheduled_s, first_token_s, finished_s,
+            preemptions, deadline_s.
+        batches: columns of ``BATCH_COLUMNS``, one entry for each batch and stage, or for each run of
+            ``steps`` equal decode batches. ``waiting`` and ``kv_used_blocks`` are as of the batch's end.
+        gaps: [k, 4]: runs of gaps between tokens as (first gap in s, growth per step in s, steps, requests).
+    """
+
+    requests: dict[str, NDArray[Any]]
+    batches: dict[str, NDArray[Any]]
+    gaps: FloatArray
+    slo_names: tuple[str, ...]
+    replicas: int
+    kv_capacity_blocks: int
+    block_tokens: int
+    end_s: float
+    work: Work = field(default_factory=Work)
+    wall_s: float = 0.0
+    interrupted: bool = False
+
+    @property
+    def ttft_s(self) -> FloatArray:
+        """Time to first token of each request, seconds; NaN where there is none."""
+        return np.asarray(self.requests["first_token_s"] - self.requests["arrival_s"])
+
+    @property
+    def e2e_s(self) -> FloatArray:
+        """Arrival to last token of each request, seconds; NaN where there is none."""
+        return np.asarray(self.requests["finished_s"] - self.requests["arrival_s"])
+
+    @property
+    def tpot_s(self) -> FloatArray:
+        """(e2e − ttft) ÷ (output tokens − 1) of each request; NaN where there is none."""
+        later_tokens = self.requests["output_tokens"].astype(np.float64) - 1.0
+        later_tokens[later_tokens == 0.0] = np.nan
+        return np.asarray((self.requests["finished_s"] - self.requests["first_token_s"]) / later_tokens)
+
+
+class Recorder:
+    """Collects a run's records.
+
+    Args:
+        num_requests: requests of the workload.
+        slo_names: names behind the ``slo_class`` codes.
+    """
+
+    def __init__(self, num_requests: int, slo_names: Sequence[str] = ("default",)) -> None:
+        self.slo_names = tuple(slo_names)
+        self.work = Work()
+        self.finished = 0
+        self.rejected = 0
+        nothing = float("nan")
+        self._times = {
+            name: array("d", [nothing]) * num_requests
+            for name in ("arrival_s", "scheduled_s", "first_token_s", "finished_s", "deadline_s")
+        }
+        self._counts = {
+            "prompt_tokens": array("i", [0]) * num_requests,
+            "output_tokens": array("i", [0]) * num_requests,
+            "slo_class": array("B", [0]) * num_requests,
+            "replica": array("i", [-1]) * num_requests,
+            "status": array("B", [UNFINISHED]) * num_requests,
+            "preemptions": array("i", [0]) * num_requests,
+        }
+        self._seen = array("B", [0]) * num_requests
+        self._batches = {name: array("d" if name in _BATCH_TIMES else "i") for name in BATCH_COLUMNS}
+        self._batch_appends = [column.append for column in self._batches.values()]
+        self._gaps = array("d")
+
+    def arrival(
+        self, id: int, arrival_s: float, prompt_tokens: int, output_tokens: int, slo_class: int, replica: int
+    ) -> None:
+        """A request has arrived; ``replica`` is −1 if it is rejected."""
+        self._seen[id] = 1
+        self._times["arrival_s"][id] = arrival_s
+        self._counts["prompt_tokens"][id] = prompt_tokens
+        self._counts["output_tokens"][id] = output_tokens
+        self._counts["slo_class"][id] = slo_class
+        self._counts["replica"][id] = replica
+        if replica < 0:
+            self._counts["status"][id] = REJECTED
+            self.rejected += 1
+
+    def progress(
+        self, id: int, scheduled_s: float, first_token_s: float, deadline_s: float, preemptions: int
+    ) -> None:
+        """How far a request has come."""
+        self._times["scheduled_s"][id] = scheduled_s
+        self._times["first_token_s"][id] = first_token_s
+        self._times["deadline_s"][id] = deadline_s
+        self._counts["preemptions"][id] = preemptions
+
+    def finish(self, id: int, finished_s: float) -> None:
+        """A request's last token is out."""
+        self._times["finished_s"][id] = finished_s
+        self._counts["status"][id] = FINISHED
+        self.finished += 1
+
+    def batch(self, *values: float) -> None:
+        """One row of ``BATCH_COLUMNS``."""
+        for append, value in zip(self._batch_appends, values, strict=True):
+            append(value)  # type: ignore[arg-type]
+
+    def gap(self, first_s: float, growth_s: float, steps: int, requests: int) -> None:
+        """``requests`` requests each had ``steps`` gaps between tokens: first, first + growth, …"""
+        self._gaps.extend((first_s, growth_s, steps, requests))
+
+    def records(
+        self, *, replicas: int, kv_capacity_blocks: int, block_tokens: int, end_s: float
+    ) -> RunRecords:
+        """Everything so far; requests that haven't arrived are left out."""
+        seen = _view(self._seen).astype(bool)
+        ids = np.flatnonzero(seen)
+        requests: dict[str, NDArray[Any]] = {"request_id": ids}
+        for name, column in {**self._times, **self._counts}.items():
+            requests[name] = _view(column)[ids]
+        batches = {name: _view(column) for name, column in self._batches.items()}
+        return RunRecords(
+            requests=requests,
+            batches=batches,
+            gaps=_view(self._gaps).reshape(-1, 4),
+            slo_names=self.slo_names,
+            replicas=replicas,
+            kv_capacity_blocks=kv_capacity_blocks,
+            block_tokens=block_tokens,
+            end_s=end_s,
+            work=self.work,
+        )
+
+
+def _view(column: array[Any]) -> NDArray[Any]:
+    """The column as an array, without a copy: a run of a million requests has many."""
+    return np.frombuffer(column, dtype=column.typecode) if column else np.empty(0, dtype=column.typecode)
+
+
+def write_requests_csv(records: RunRecords, slo_met: NDArray[np.bool_], path: Path) -> None:
+    """Write ``requests.csv``: the columns of ``REQUEST_COLUMNS``, empty where there is no value.
+
+    ``slo_met`` has one entry a request.
+    """
+    columns = dict(records.requests)
+    columns["ttft_s"], columns["tpot_s"], columns["e2e_s"] = records.ttft_s, records.tpot_s, records.e2e_s
+    text = {name: _cells(columns[name]) for name in REQUEST_COLUMNS if name != "slo_met"}
+    text["slo_class"] = [records.slo_names[code] for code in columns["slo_class"].tolist()]
+    text["status"] = [STATUSES[code] for code in columns["status"].tolist()]
+    text["replica"] = ["" if code < 0 else str(code) for code in columns["replica"].tolist()]
+    text["slo_met"] = ["true" if met else "false" for met in slo_met.tolist()]
+    _write_csv(path, REQUEST_COLUMNS, zip(*(text[name] for name in REQUEST_COLUMNS), strict=True))
+
+
+def write_batches_csv(records: RunRecords, path: Path) -> None:
+    """Write ``batches.csv``: one row for each batch and stage; ``steps`` says how many equal decode batches
+    a row stands for."""
+    text = [_cells(records.batches[name]) for name in BATCH_COLUMNS]
+    _write_csv(path, BATCH_COLUMNS, zip(*text, strict=True))
+
+
+def _cells(column: NDArray[Any]) -> list[str]:
+    """A column as text; NaN becomes an empty cell, times keep nanoseconds."""
+    if column.dtype.kind == "f":
+        return ["" if value != value else f"{value:.9f}" for value in column.tolist()]
+    return [str(value) for value in column.tolist()]
+
+
+def _write_csv(path: Path, header: Sequence[str], rows: Iterator[tuple[str, ...]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
