@@ -63,7 +63,9 @@ class AdaptiveChunks:
 
     FULL = 0.9  # no further chunk is tried once the prediction is within 10 % of the target [code]
 
-    def __init__(self, cost: CostModel, *, target_s: float, max_chunk_tokens: int, max_batch_tokens: int) -> None:
+    def __init__(
+        self, cost: CostModel, *, target_s: float, max_chunk_tokens: int, max_batch_tokens: int
+    ) -> None:
         self._cost = cost
         self.target_s = target_s
         self.max_chunk_tokens = max_chunk_tokens

@@ -75,7 +75,9 @@ class PrefillWork:
     1 % of the context is walked in one go, at the time of the chunk in its middle.
     """
 
-    def __init__(self, cost: CostModel, *, target_s: float, stages: int = 1, max_chunk_tokens: int = 4096) -> None:
+    def __init__(
+        self, cost: CostModel, *, target_s: float, stages: int = 1, max_chunk_tokens: int = 4096
+    ) -> None:
         self._cost = cost
         self._target_s = target_s
         self._stages = stages

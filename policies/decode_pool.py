@@ -22,7 +22,16 @@ class DecodePool:
         last_step_s: when the last step ended; NaN before the first.
     """
 
-    __slots__ = ("_block_tokens", "_ends", "_newcomers", "_phases", "last_step_s", "members", "steps", "total_context")
+    __slots__ = (
+        "_block_tokens",
+        "_ends",
+        "_newcomers",
+        "_phases",
+        "last_step_s",
+        "members",
+        "steps",
+        "total_context",
+    )
 
     def __init__(self, block_tokens: int) -> None:
         self.members: dict[int, Request] = {}
@@ -115,9 +124,13 @@ class DecodePool:
 
     def blocks_for(self, steps: int) -> int:
         """KV blocks the next ``steps`` steps add, over all members."""
-        rounds, rest = divmod(steps, self._block_tokens)
-        blocks = rounds * len(self.members)
-        first = self.steps
-        for step in range(first, first + rest):
-            blocks += self._phases[step % self._block_tokens]
-        return blocks
+        size = self._block_tokens
+        start = self.steps % size
+        if steps == 1:
+            return self._phases[start]
+        rounds, rest = divmod(steps, size)
+        end = start + rest
+        partial = sum(self._phases[start:end])
+        if end > size:
+            partial += sum(self._phases[: end - size])
+        return rounds * len(self.members) + partial

@@ -136,7 +136,9 @@ class LinearQueue:
         index = int(keys.argmin())
         ties = np.flatnonzero(keys == keys[index])
         if len(ties) > 1:
-            index = min((int(i) for i in ties), key=lambda i: (self._requests[i].arrival_s, self._requests[i].id))
+            index = min(
+                (int(i) for i in ties), key=lambda i: (self._requests[i].arrival_s, self._requests[i].id)
+            )
         request = self._requests[index]
         return (float(keys[index]), request.arrival_s, request.id), index
 

@@ -66,7 +66,9 @@ class JoinShortestQueue:
     """The fewest prompt tokens waiting; among equals, the fewest unfinished requests."""
 
     def route(self, request: Request, replicas: Sequence[ReplicaLoad]) -> int:
-        return min(range(len(replicas)), key=lambda i: (replicas[i].pending_prefill_tokens, replicas[i].outstanding))
+        return min(
+            range(len(replicas)), key=lambda i: (replicas[i].pending_prefill_tokens, replicas[i].outstanding)
+        )
 
 
 class LengthPartitioned:
@@ -86,7 +88,9 @@ class LengthPartitioned:
                 f"router length_partitioned keeps {self.long_replicas} replicas for long prompts: "
                 f"parallel.replicas must be larger, and is {len(replicas)}"
             )
-        part = range(border, len(replicas)) if request.prompt_tokens >= self.threshold_tokens else range(border)
+        part = (
+            range(border, len(replicas)) if request.prompt_tokens >= self.threshold_tokens else range(border)
+        )
         return min(part, key=lambda i: replicas[i].outstanding)
 
 

@@ -140,8 +140,10 @@ class Scheduler:
         if batch.chunks or pool is None or not self._stays_shut():
             return 1
         steps = pool.steps_to_finish()
+        if steps == 1:
+            return 1
         free = self.kv.free_blocks + pool.blocks_for(1)  # the first step's blocks are taken already
-        if pool.blocks_for(steps) <= free:
+        if len(pool) * (steps // self.kv.block_tokens + 1) <= free or pool.blocks_for(steps) <= free:
             return steps
         low, high = 1, steps  # `low` steps fit, `high` don't
         while high - low > 1:
@@ -166,7 +168,7 @@ class Scheduler:
         finished: list[Request] = []
         pool = batch.pool
         if pool is not None:
-            if steps > 1:
+            if steps > 1:  # the first step's blocks were taken when the batch was formed
                 self.kv.take(pool.blocks_for(steps) - pool.blocks_for(1))
             finished = pool.advance(steps, now_s)
             self._return_pool(pool)
@@ -262,7 +264,9 @@ class Scheduler:
             request = self._pop_first(batch.formed_s)
             if request is None:
                 break
-            is_long = self.settings.space_sharing and request.prefill_tokens >= self.settings.long_request_tokens
+            is_long = (
+                self.settings.space_sharing and request.prefill_tokens >= self.settings.long_request_tokens
+            )
             if (is_long and has_long) or not self._may_run(request):
                 passed.append(request)
                 continue

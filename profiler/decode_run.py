@@ -17,26 +17,26 @@ class Polyline:
         values: [n]. Outside the knots the first and last segments go on.
     """
 
-    __slots__ = ("_last", "knots", "slopes", "values")
+    __slots__ = ("_inner", "knots", "slopes", "values")
 
     def __init__(self, knots: NDArray[np.float64], values: NDArray[np.float64]) -> None:
         self.knots: list[float] = knots.tolist()
         self.values: list[float] = values.tolist()
         self.slopes: list[float] = (np.diff(values) / np.diff(knots)).tolist()
-        self._last = len(self.slopes) - 1
+        self._inner = self.knots[1:-1]  # a bisection among these is the segment's index, ends included
 
     def segment(self, x: float) -> int:
         """Index of the segment that holds ``x``."""
-        return min(max(bisect_right(self.knots, x) - 1, 0), self._last)
+        return bisect_right(self._inner, x)
 
     def at(self, x: float) -> float:
         """The function's value at ``x``."""
-        i = min(max(bisect_right(self.knots, x) - 1, 0), self._last)
+        i = bisect_right(self._inner, x)
         return self.values[i] + self.slopes[i] * (x - self.knots[i])
 
     def end_of_segment(self, i: int) -> float:
         """Where segment ``i`` ends; infinity for the last."""
-        return self.knots[i + 1] if i < self._last else float("inf")
+        return self._inner[i] if i < len(self._inner) else float("inf")
 
 
 class Piece(NamedTuple):

@@ -103,10 +103,8 @@ class IterationModel:
 
     def chunk_attention_s(self, chunk_tokens: int, context_tokens: int) -> float:
         """Seconds of attention of one chunk, over all layers."""
-        i = bisect_right(self._chunk_knots, chunk_tokens) - 1
-        i = min(i, len(self._chunk_knots) - 2)
-        j = bisect_right(self._context_knots, context_tokens) - 1
-        j = min(j, len(self._context_knots) - 2)
+        i = bisect_right(self._inner_chunks, chunk_tokens)
+        j = bisect_right(self._inner_contexts, context_tokens)
         low, high = self._chunk_rows[i], self._chunk_rows[i + 1]
         u = (context_tokens - self._context_knots[j]) * self._context_scales[j]
         v = (chunk_tokens - self._chunk_knots[i]) * self._chunk_scales[i]
@@ -174,7 +172,8 @@ class IterationModel:
         rows = len(chunks) + decodes
         layers = self.model.num_layers
         result = [
-            _row(name, estimate, layers) for name, estimate in self._token_operators(np.array([float(tokens)]))
+            _row(name, estimate, layers)
+            for name, estimate in self._token_operators(np.array([float(tokens)]))
         ]
         if chunks:
             sizes = np.array([[float(c), float(n)] for c, n in chunks])
@@ -249,7 +248,9 @@ class IterationModel:
         return self.kernels.send_recv(num_bytes, inter_node=self._handover_is_inter_node)
 
     def _chunk_estimate(self, chunk: FloatArray, context: FloatArray) -> Estimate:
-        return self.kernels.prefill_attention(chunk, context, self._heads, self._kv_heads, self.model.head_dim)
+        return self.kernels.prefill_attention(
+            chunk, context, self._heads, self._kv_heads, self.model.head_dim
+        )
 
     def _decode_estimate(self, decodes: FloatArray, total_context: FloatArray) -> Estimate:
         return self.kernels.decode_attention(
@@ -289,6 +290,8 @@ class IterationModel:
         times = np.maximum.accumulate(np.maximum.accumulate(times, axis=0), axis=1)
         self._chunk_knots: list[int] = chunks.astype(int).tolist()
         self._context_knots: list[int] = contexts.astype(int).tolist()
+        self._inner_chunks = self._chunk_knots[1:-1]  # a bisection among these is the segment's index
+        self._inner_contexts = self._context_knots[1:-1]
         self._chunk_scales: list[float] = (1.0 / np.diff(chunks)).tolist()
         self._context_scales: list[float] = (1.0 / np.diff(contexts)).tolist()
         self._chunk_rows: list[list[float]] = times.tolist()

@@ -5,22 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, Protocol
 
-import numpy as np
 from numpy.typing import ArrayLike
 
-from profiler.estimate import Estimate, FloatArray, broadcast
-from profiler.roofline import (
-    STREAM_EFFICIENCY,
-    AllReduce,
-    DecodeAttention,
-    Gemm,
-    Physics,
-    PrefillAttention,
-    Shape,
-)
+from profiler.estimate import Estimate
+from profiler.predictor import load_predictor
+from profiler.roofline_kernels import RooflineKernels
+from profiler.tables import PROFILES, Profile, read_profile
+from profiler.trained_kernels import TrainedKernels
 from specs.devices import DeviceSpec
 from specs.errors import InputError
-from specs.models import DTYPE_BYTES
 
 Source = Literal["auto", "measured", "imported", "roofline"]
 
@@ -58,87 +51,6 @@ class Kernels(Protocol):
         """`num_bytes` from one device to another."""
 
 
-class RooflineKernels:
-    """Physics with default parameters: nothing was measured, everything counts as extrapolated.
-
-    `weight_dtype` sets the bytes and the rate of GEMMs, `kv_dtype` those of the KV cache.
-
-    Raises:
-        InputError: unknown dtype, or one the device can't compute in.
-    """
-
-    def __init__(self, device: DeviceSpec, *, weight_dtype: str = "bf16", kv_dtype: str = "bf16") -> None:
-        for key, dtype in (("weight_dtype", weight_dtype), ("kv_dtype", kv_dtype)):
-            if dtype not in DTYPE_BYTES:
-                raise InputError(f"{key}: {dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
-        self.device = device
-        self._gemm = Gemm(device, weight_dtype)
-        self._prefill = PrefillAttention(device, kv_dtype)
-        self._decode = DecodeAttention(device, kv_dtype)
-        self._all_reduce = AllReduce(device)
-
-    def gemm(self, m: ArrayLike, n: ArrayLike, k: ArrayLike) -> Estimate:
-        m, n, k = broadcast(m, n, k)
-        return self._estimate(self._gemm, {"m": m, "n": n, "k": k})
-
-    def prefill_attention(
-        self, chunk: ArrayLike, context: ArrayLike, heads: ArrayLike, kv_heads: ArrayLike, head_dim: ArrayLike
-    ) -> Estimate:
-        names = ("batch", "chunk", "context", "heads", "kv_heads", "head_dim")
-        arrays = broadcast(1.0, chunk, context, heads, kv_heads, head_dim)
-        return self._estimate(self._prefill, dict(zip(names, arrays, strict=True)))
-
-    def decode_attention(
-        self,
-        batch: ArrayLike,
-        total_context: ArrayLike,
-        heads: ArrayLike,
-        kv_heads: ArrayLike,
-        head_dim: ArrayLike,
-    ) -> Estimate:
-        names = ("batch", "total_context", "heads", "kv_heads", "head_dim")
-        arrays = broadcast(batch, total_context, heads, kv_heads, head_dim)
-        return self._estimate(self._decode, dict(zip(names, arrays, strict=True)))
-
-    def elementwise(self, num_bytes: ArrayLike) -> Estimate:
-        (num_bytes,) = broadcast(num_bytes)
-        floor_s = num_bytes / self.device.memory_bandwidth_bytes_per_s
-        return _roofline(self.device.kernel_launch_s + floor_s / STREAM_EFFICIENCY, floor_s)
-
-    def all_reduce(self, num_bytes: ArrayLike, ranks: ArrayLike) -> Estimate:
-        num_bytes, ranks = broadcast(num_bytes, ranks)
-        if np.any(ranks > self.device.gpus_per_node):
-            return self._ring_between_nodes(num_bytes, ranks)
-        estimate = self._estimate(self._all_reduce, {"num_bytes": num_bytes, "ranks": ranks})
-        alone = ranks <= 1
-        return Estimate(
-            np.where(alone, 0.0, estimate.time_s),
-            np.where(alone, 0.0, estimate.floor_s),
-            estimate.extrapolated & ~alone,
-            estimate.source,
-        )
-
-    def send_recv(self, num_bytes: ArrayLike, inter_node: bool) -> Estimate:
-        (num_bytes,) = broadcast(num_bytes)
-        link = self.device.inter_node if inter_node else self.device.intra_node
-        floor_s = num_bytes / link.bandwidth_bytes_per_s
-        return _roofline(link.latency_s + floor_s, floor_s)
-
-    def _ring_between_nodes(self, num_bytes: FloatArray, ranks: FloatArray) -> Estimate:
-        # A flat ring: 2·(r−1) hops, each link carrying 2·(r−1)/r of the vector; the slowest link counts.
-        link = self.device.inter_node
-        hops = 2.0 * (ranks - 1.0)
-        floor_s = num_bytes * (ranks - 1.0) / ranks / link.bandwidth_bytes_per_s
-        return _roofline(self.device.kernel_launch_s + hops * link.latency_s + 2.0 * floor_s, floor_s)
-
-    def _estimate(self, physics: Physics, shape: Shape) -> Estimate:
-        return _roofline(physics.time_s(shape, physics.defaults()), physics.floor_s(shape))
-
-
-def _roofline(time_s: FloatArray, floor_s: FloatArray) -> Estimate:
-    return Estimate(np.maximum(time_s, floor_s), floor_s, np.ones(floor_s.shape, dtype=np.bool_), "roofline")
-
-
 def load_kernels(
     device: DeviceSpec,
     source: Source = "auto",
@@ -157,4 +69,49 @@ def load_kernels(
     """
     if source == "roofline" and profile is None:
         return RooflineKernels(device, weight_dtype=weight_dtype, kv_dtype=kv_dtype)
-    raise NotImplementedError
+    chosen = read_profile(profile) if profile is not None else find_profile(device, source)
+    if chosen is None:
+        return RooflineKernels(device, weight_dtype=weight_dtype, kv_dtype=kv_dtype)
+    predictor = load_predictor(chosen, device)
+    return TrainedKernels(
+        device, predictor, source=chosen.source, weight_dtype=weight_dtype, kv_dtype=kv_dtype
+    )
+
+
+def find_profile(device: DeviceSpec, source: Source, root: Path = PROFILES) -> Profile | None:
+    """The newest shipped profile of `device` from `source`; None if auto finds none.
+
+    Raises:
+        InputError: unknown source, or the one asked for doesn't exist.
+    """
+    wanted = {"auto": ("measured", "imported"), "measured": ("measured",), "imported": ("imported",)}
+    if source not in wanted:
+        raise InputError(f"predictor.source: {source!r} is not one of auto, measured, imported, roofline")
+    profiles = [profile for profile in list_profiles(root) if profile.device == device.name]
+    for kind in wanted[source]:
+        matching = [profile for profile in profiles if profile.source == kind]
+        if matching:
+            return max(matching, key=lambda profile: (profile.created, profile.name))
+    if source == "auto":
+        return None
+    have = ", ".join(sorted({profile.source for profile in profiles} | {"roofline"}))
+    raise InputError(f"predictor.source: no {source} profile of {device.name}; there is {have}")
+
+
+def list_profiles(root: Path = PROFILES) -> list[Profile]:
+    """Shipped profiles, sorted by device and name."""
+    return [read_profile(file.parent) for file in sorted(root.glob("*/*/profile.yaml"))]
+
+
+def profile_info(path: Path) -> dict[str, str]:
+    """What `convoy list profiles` and reports say about the profile in the folder `path`."""
+    profile = read_profile(path)
+    return {
+        "device": profile.device,
+        "name": profile.name,
+        "source": profile.source,
+        "created": profile.created,
+        "licence": profile.licence,
+        "versions": ", ".join(f"{name} {version}" for name, version in profile.versions.items()),
+        "tables": ", ".join(f"{info.key} ({info.rows})" for info in profile.tables),
+    }

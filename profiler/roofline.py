@@ -38,7 +38,7 @@ GEMM_SPLITS = (1, 2, 4, 8, 16)
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A fitted constant: its roofline default and the range a fit may move it in."""
+    """A fitted constant: its roofline default and the range, above 0, a fit may move it in."""
 
     default: float
     low: float
@@ -61,11 +61,17 @@ def soft_max(a: FloatArray, b: FloatArray, power: float) -> FloatArray:
     return np.asarray(larger * (1.0 + ratio**power) ** (1.0 / power))
 
 
+def _log2_columns(*columns: FloatArray) -> FloatArray:
+    # An empty size (no cached token, no byte) counts as a thousandth of one.
+    return np.log2(np.maximum(np.stack(columns, axis=1), 1e-3))
+
+
 class Physics(ABC):
     """One operator on one device."""
 
     operator: str
     columns: tuple[str, ...]
+    coverage_axes: tuple[int, ...]  # the features that say whether a shape is inside the measured region
     parameters: dict[str, Parameter]
 
     @abstractmethod
@@ -84,7 +90,12 @@ class Physics(ABC):
     def floor_s(self, shape: Shape) -> FloatArray:
         """Seconds below which no kernel can go."""
 
+    def residual_share(self, shape: Shape, p: Parameters) -> FloatArray | float:
+        """Share of the time that a residual learned without a prefix speaks for."""
+        return 1.0
+
     def defaults(self) -> dict[str, float]:
+        """The parameters of the pure roofline."""
         return {name: parameter.default for name, parameter in self.parameters.items()}
 
 
@@ -116,6 +127,7 @@ class Gemm(_OnDevice):
 
     operator = "gemm"
     columns = ("m", "n", "k")
+    coverage_axes = (0, 1, 2)
 
     def __init__(self, device: DeviceSpec, dtype: str) -> None:
         super().__init__(device, dtype)
@@ -127,7 +139,7 @@ class Gemm(_OnDevice):
             "small_tile_efficiency": Parameter(0.6, 0.2, 1.0),
             "k_latency_s": Parameter(1.2e-9, 1e-10, 1e-8),
             "split_s": Parameter(2e-6, 1e-7, 2e-5),
-            "wave_rounding": Parameter(0.7, 0.0, 1.0),
+            "wave_rounding": Parameter(0.7, 0.001, 1.0),
             "overlap_power": Parameter(4.0, 1.0, 12.0),
         }
 
@@ -158,7 +170,7 @@ class Gemm(_OnDevice):
         return p["launch_s"] + soft_max(best, memory, p["overlap_power"])
 
     def features(self, shape: Shape) -> FloatArray:
-        return np.log2(np.stack([shape["m"], shape["n"], shape["k"]], axis=1))
+        return _log2_columns(shape["m"], shape["n"], shape["k"])
 
 
 class PrefillAttention(_OnDevice):
@@ -178,6 +190,7 @@ class PrefillAttention(_OnDevice):
 
     operator = "prefill_attention"
     columns = ("batch", "chunk", "context", "heads", "kv_heads", "head_dim")
+    coverage_axes = (0, 1, 4)
 
     def __init__(self, device: DeviceSpec, dtype: str) -> None:
         super().__init__(device, dtype)
@@ -188,11 +201,11 @@ class PrefillAttention(_OnDevice):
             "io_efficiency": Parameter(STREAM_EFFICIENCY, 0.1, 1.2),
             "tile_s": Parameter(1e-6, 1e-8, 2e-5),
             "block_keys": Parameter(128.0, 8.0, 512.0),
-            "own_split": Parameter(1.0, 0.0, 1.0),
+            "own_split": Parameter(1.0, 0.001, 1.0),
             "overlap_power": Parameter(4.0, 1.0, 12.0),
             "stream_efficiency": Parameter(STREAM_EFFICIENCY, 0.3, 1.0),
             "stream_overlap_power": Parameter(4.0, 1.0, 12.0),
-            "wave_rounding": Parameter(1.0, 0.0, 1.0),
+            "wave_rounding": Parameter(1.0, 0.001, 1.0),
         }
 
     def _cached_and_io_bytes(self, shape: Shape) -> tuple[FloatArray, FloatArray]:
@@ -214,6 +227,15 @@ class PrefillAttention(_OnDevice):
         return shape["batch"] * np.minimum(packed, separate)
 
     def time_s(self, shape: Shape, p: Parameters, *, cold: bool = True) -> FloatArray:
+        prefix, own = self._prefix_and_own_s(shape, p)
+        return prefix + own
+
+    def residual_share(self, shape: Shape, p: Parameters) -> FloatArray | float:
+        # How a causal triangle fills the SMs says nothing about a prefix, which every tile reads whole.
+        prefix, own = self._prefix_and_own_s(shape, p)
+        return own / (prefix + own)
+
+    def _prefix_and_own_s(self, shape: Shape, p: Parameters) -> tuple[FloatArray, FloatArray]:
         chunk, context, tiles = shape["chunk"], shape["context"], self.tiles(shape)
         key_s = 4.0 * QUERY_TILE_ROWS * shape["head_dim"] * self.sms / (self.peak * p["flop_efficiency"])
 
@@ -231,13 +253,13 @@ class PrefillAttention(_OnDevice):
         stream = cached_bytes / (self.bandwidth * p["stream_efficiency"])
         prefix = soft_max(prefix, stream, p["stream_overlap_power"])
         io = io_bytes / (self.bandwidth * p["io_efficiency"])
-        return p["launch_s"] + prefix + soft_max(own, io, p["overlap_power"])
+        return prefix, p["launch_s"] + soft_max(own, io, p["overlap_power"])
 
     def features(self, shape: Shape) -> FloatArray:
         keys = shape["context"] + (shape["chunk"] + 1.0) / 2.0
         group = shape["heads"] / shape["kv_heads"]
         rows = np.minimum(shape["chunk"], QUERY_TILE_ROWS)
-        return np.log2(np.stack([self.tiles(shape), keys, group, rows, shape["head_dim"]], axis=1))
+        return _log2_columns(self.tiles(shape), keys, group, rows, shape["head_dim"])
 
 
 class DecodeAttention(_OnDevice):
@@ -252,6 +274,7 @@ class DecodeAttention(_OnDevice):
 
     operator = "decode_attention"
     columns = ("batch", "total_context", "heads", "kv_heads", "head_dim")
+    coverage_axes = (0, 1, 4)
 
     def __init__(self, device: DeviceSpec, dtype: str) -> None:
         super().__init__(device, dtype)
@@ -290,7 +313,7 @@ class DecodeAttention(_OnDevice):
         tiles = shape["batch"] * shape["kv_heads"]
         keys = shape["total_context"] / shape["batch"]
         group = shape["heads"] / shape["kv_heads"]
-        return np.log2(np.stack([tiles, keys, group, shape["batch"], shape["head_dim"]], axis=1))
+        return _log2_columns(tiles, keys, group, shape["batch"], shape["head_dim"])
 
 
 class AllReduce(Physics):
@@ -302,6 +325,7 @@ class AllReduce(Physics):
 
     operator = "all_reduce"
     columns = ("num_bytes", "ranks")
+    coverage_axes = (0, 1)
 
     def __init__(self, device: DeviceSpec) -> None:
         self.device = device
@@ -328,4 +352,4 @@ class AllReduce(Physics):
         return p["base_s"] + np.minimum(one_shot, p["step_s"] * np.log2(ranks) + ring)
 
     def features(self, shape: Shape) -> FloatArray:
-        return np.log2(np.stack([shape["num_bytes"], shape["ranks"]], axis=1))
+        return _log2_columns(shape["num_bytes"], shape["ranks"])

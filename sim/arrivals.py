@@ -58,7 +58,12 @@ class ClosedLoopClients:
     """
 
     def __init__(
-        self, env: simpy.Environment, workload: Workload, loop: ClosedLoop, deliver: Deliver, until_s: float | None
+        self,
+        env: simpy.Environment,
+        workload: Workload,
+        loop: ClosedLoop,
+        deliver: Deliver,
+        until_s: float | None,
     ) -> None:
         self._env = env
         self._left = iter(range(len(workload)))
@@ -66,15 +71,19 @@ class ClosedLoopClients:
         self._deliver = deliver
         self._until_s = float("inf") if until_s is None else until_s
         for _ in range(loop.concurrency):
-            env.process(self._send(0.0))
+            self._send_after(0.0)
 
     def request_left(self) -> None:
         """A client has its answer (or refusal): it thinks, and sends again."""
-        self._env.process(self._send(self._think_time_s))
+        self._send_after(self._think_time_s)
 
-    def _send(self, delay_s: float) -> Generator[simpy.Event, Any, None]:
-        yield UrgentTimeout(self._env, delay_s)
-        if self._env.now < self._until_s:
+    def _send_after(self, delay_s: float) -> None:
+        """Let a client send the next request, if there is one and it is still time."""
+        if self._env.now + delay_s < self._until_s:
             index = next(self._left, None)
             if index is not None:
-                self._deliver(index, self._env.now)
+                self._env.process(self._send(index, delay_s))
+
+    def _send(self, index: int, delay_s: float) -> Generator[simpy.Event, Any, None]:
+        yield UrgentTimeout(self._env, delay_s)
+        self._deliver(index, self._env.now)

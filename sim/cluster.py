@@ -12,7 +12,7 @@ from policies.request import Request
 from policies.routers import make_router
 from policies.scheduler import Scheduler, SchedulerSettings
 from policies.slo import Slo
-from profiler.iteration import IterationModel
+from sim.cost import IterationCost
 from sim.arrivals import ClosedLoopClients, OpenLoop
 from sim.replica import Replica
 from traces.records import Recorder, RunRecords
@@ -41,7 +41,7 @@ class Setup:
         stop_s: when the clock stops; None lets every request finish.
     """
 
-    cost: IterationModel
+    cost: IterationCost
     kv_capacity_tokens: int
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
     replicas: int = 1
@@ -59,7 +59,12 @@ class Cluster:
     """Replicas behind a router. Made for one workload and run once."""
 
     def __init__(
-        self, workload: Workload, setup: Setup, *, step_by_step: bool = False, progress: Progress | None = None
+        self,
+        workload: Workload,
+        setup: Setup,
+        *,
+        step_by_step: bool = False,
+        progress: Progress | None = None,
     ) -> None:
         self.setup = setup
         self.env = simpy.Environment()
@@ -88,7 +93,13 @@ class Cluster:
         ]
         self.replicas = [
             Replica(
-                self.env, index, scheduler, setup.cost, self.recorder, self._finished, step_by_step=step_by_step
+                self.env,
+                index,
+                scheduler,
+                setup.cost,
+                self.recorder,
+                self._finished,
+                step_by_step=step_by_step,
             )
             for index, scheduler in enumerate(self.schedulers)
         ]

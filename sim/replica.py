@@ -11,7 +11,7 @@ from policies.batch import Batch
 from policies.request import Request
 from policies.scheduler import Scheduler
 from profiler.decode_run import DecodeRun
-from profiler.iteration import IterationModel
+from sim.cost import IterationCost
 from traces.records import Recorder
 
 Process = Generator[simpy.Event, Any, None]
@@ -25,7 +25,8 @@ class Replica:
 
     While only decodes run and nobody can join them, the batch can't change until a member finishes or a
     request arrives. Such a stretch is one event (see :class:`~profiler.decode_run.DecodeRun`); an arrival
-    interrupts it, and the step then under way is finished first. ``step_by_step`` turns that off.
+    interrupts it, and the step then under way is finished first. ``step_by_step`` turns that off; replicas
+    of several stages always go step by step.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class Replica:
         env: simpy.Environment,
         index: int,
         scheduler: Scheduler,
-        cost: IterationModel,
+        cost: IterationCost,
         recorder: Recorder,
         on_finish: Callable[[Request], None],
         *,
@@ -45,8 +46,9 @@ class Replica:
         self.cost = cost
         self.recorder = recorder
         self._on_finish = on_finish
-        self._step_by_step = step_by_step
         self._num_stages = len(cost.stage_layers)
+        # With later stages, an arrival may enter the first one while a decode step is still in the last.
+        self._fast_forward = self._num_stages == 1 and not step_by_step
         self._in_flight = 0
         self._waiting_for_work: simpy.Event | None = None
         self._in_run = False
@@ -82,9 +84,8 @@ class Replica:
                 self._waiting_for_work = env.event()
                 yield self._waiting_for_work
                 continue
-            alone = self._in_flight == 0
             self._in_flight += 1
-            steps = scheduler.steady_steps(batch) if alone and not self._step_by_step else 1
+            steps = scheduler.steady_steps(batch) if self._fast_forward else 1
             if steps > 1:
                 yield from self._run(batch, steps)
             elif self._num_stages == 1:
@@ -141,7 +142,7 @@ class Replica:
     def _complete(self, batch: Batch) -> None:
         """One iteration is over: its tokens are out."""
         for gap_s, requests in batch.gaps(self.env.now):
-            self.recorder.gap(gap_s, 0.0, 1, requests)
+            self.recorder.gap((gap_s, 0.0, 1, requests))
         self._count_work(batch, 1, batch.attention_s)
         self._finish(batch, 1)
 
@@ -149,9 +150,9 @@ class Replica:
         pool = batch.pool
         assert pool is not None
         for gap_s, requests in pool.gaps(start_s + run.pieces[0].first_s):
-            self.recorder.gap(gap_s, 0.0, 1, requests)
+            self.recorder.gap((gap_s, 0.0, 1, requests))
         for piece in run.pieces_between(1, steps):
-            self.recorder.gap(piece.first_s, piece.growth_s, piece.steps, batch.num_decodes)
+            self.recorder.gap((piece.first_s, piece.growth_s, piece.steps, batch.num_decodes))
         attention_s = self.env.now - start_s - steps * run.constant_s
         self._count_work(batch, steps, attention_s)
         self._finish(batch, steps)
@@ -165,17 +166,19 @@ class Replica:
     def _record_stage(self, batch: Batch, stage: int, start_s: float, steps: int = 1) -> None:
         scheduler = self.scheduler
         self.recorder.batch(
-            start_s,
-            self.env.now,
-            self.index,
-            stage,
-            batch.id,
-            steps,
-            len(batch.chunks),
-            batch.tokens - batch.num_decodes,
-            batch.num_decodes,
-            scheduler.waiting,
-            scheduler.kv.used_blocks,
+            (
+                start_s,
+                self.env.now,
+                self.index,
+                stage,
+                batch.id,
+                steps,
+                len(batch.chunks),
+                batch.tokens - batch.num_decodes,
+                batch.num_decodes,
+                scheduler.waiting,
+                scheduler.kv.used_blocks,
+            )
         )
 
     def _count_work(self, batch: Batch, steps: int, attention_s: float) -> None:

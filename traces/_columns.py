@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,18 +17,24 @@ MAX_ROWS = 100_000_000  # a week of the largest public trace is a third of it
 Floats = NDArray[np.float64]
 
 
+def at_row(path: Path, line: int) -> str:
+    """How errors name a row of a file: by the line it stands on, counted from 1."""
+    return f"{path}: row at line {line}"
+
+
 class Columns:
     """The checked columns read so far.
 
     Args:
         path: named in errors.
-        names: what the file calls the time, the prompt's and the output's length.
-        header_lines: lines before the first row, to turn rows into line numbers in errors.
+        names: what the file calls the time, the prompt's and the output's length, for errors.
+        times_are_relative: times are counted from the first row's, so a negative one is out of order.
     """
 
-    def __init__(self, path: Path, names: tuple[str, str, str]) -> None:
+    def __init__(self, path: Path, names: tuple[str, str, str], *, times_are_relative: bool = False) -> None:
         self._path = path
         self._names = names
+        self._times_are_relative = times_are_relative
         self._arrival: list[Floats] = []
         self._prompt: list[NDArray[np.int32]] = []
         self._output: list[NDArray[np.int32]] = []
@@ -36,10 +43,6 @@ class Columns:
 
     def __len__(self) -> int:
         return self._rows
-
-    def where(self, index: int, numbers: Sequence[int]) -> str:
-        """How an error names row `index` of the block whose line numbers are `numbers`."""
-        return f"{self._path}: row {self._rows + index + 1} (line {numbers[index]})"
 
     def add(self, numbers: Sequence[int], arrival_s: Floats | None, prompt: Floats, output: Floats) -> None:
         """Append one block of rows that stand on the lines `numbers`.
@@ -55,7 +58,7 @@ class Columns:
             index = int(np.argmax(bad))
             times = None if arrival_s is None else (float(before[index]), float(arrival_s[index]))
             problem = self._problem(times, float(prompt[index]), float(output[index]))
-            raise InputError(f"{self.where(index, numbers)}: {problem}")
+            raise InputError(f"{at_row(self._path, numbers[index])}: {problem}")
         if arrival_s is not None and len(arrival_s):
             self._arrival.append(arrival_s)
             self._last_s = float(arrival_s[-1])
@@ -80,7 +83,7 @@ class Columns:
         time_name, prompt_name, output_name = self._names
         if times is not None:
             before, time = times
-            if not np.isfinite(time) or time < 0.0:
+            if not np.isfinite(time) or (time < 0.0 and not self._times_are_relative):
                 return f"{time_name} must be a time, finite and not negative, not {time:g}"
             if time < before:
                 return (
@@ -93,10 +96,11 @@ class Columns:
 
 def _bad_lengths(values: Floats) -> NDArray[np.bool_]:
     # A comparison with NaN is false, so NaN is bad.
-    return ~((values >= 1.0) & (values <= MAX_TOKENS) & (values == np.floor(values)))
+    good: NDArray[np.bool_] = (values >= 1.0) & (values <= MAX_TOKENS) & (values == np.floor(values))
+    return ~good
 
 
-def _concatenate[T: np.generic](blocks: list[NDArray[T]]) -> NDArray[T]:
+def _concatenate(blocks: list[NDArray[Any]]) -> NDArray[Any]:
     """Join the blocks and let go of them."""
     joined = np.concatenate(blocks)
     blocks.clear()

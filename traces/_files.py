@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO, cast
 
 from specs.errors import InputError
 
@@ -31,7 +31,7 @@ def line_blocks(path: Path, max_line_bytes: int) -> Iterator[Lines]:
         InputError: the file is missing or unreadable, corrupt gzip, not UTF-8, or has an overlong line.
     """
     rest, line = b"", 1
-    for raw in _byte_blocks(path, lambda: line):
+    for raw in _byte_blocks(path):
         whole, newline, tail = raw.rpartition(b"\n")
         if newline:
             lines = _split(path, rest + whole, line)
@@ -53,7 +53,7 @@ def read_text(path: Path, max_bytes: int) -> str:
         InputError: as `line_blocks`, or the text is larger than `max_bytes`.
     """
     blocks, size = [], 0
-    for raw in _byte_blocks(path, lambda: 1):
+    for raw in _byte_blocks(path):
         size += len(raw)
         if size > max_bytes:
             raise InputError(f"{path}: holds more than {max_bytes} bytes of text")
@@ -63,8 +63,21 @@ def read_text(path: Path, max_bytes: int) -> str:
     return _decode(path, data, 1)
 
 
-def _byte_blocks(path: Path, line: Callable[[], int]) -> Iterator[bytes]:
-    """Yield the (unpacked) bytes of a file; `line` tells for an error how far the reader has got."""
+def first_character(path: Path) -> str:
+    """The first character of a file that is not space, or "" in an empty one, however long its first line.
+
+    Raises:
+        InputError: the file is missing or unreadable, or corrupt gzip.
+    """
+    for raw in _byte_blocks(path):
+        text = raw.removeprefix(b"\xef\xbb\xbf").lstrip()
+        if text:
+            return chr(text[0])
+    return ""
+
+
+def _byte_blocks(path: Path) -> Iterator[bytes]:
+    """Yield the (unpacked) bytes of a file."""
     total = 0
     try:
         with _open(path) as file:
@@ -74,19 +87,21 @@ def _byte_blocks(path: Path, line: Callable[[], int]) -> Iterator[bytes]:
                     raise InputError(f"{path}: holds more than {_MAX_TOTAL_BYTES} bytes of text")
                 yield block
     except EOFError:
-        raise InputError(f"{path}: gzip ends early, after line {line() - 1}; the file was cut off") from None
+        raise InputError(
+            f"{path}: gzip ends early, after {total} bytes of text; the file was cut off"
+        ) from None
     except (gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(f"{path}: corrupt gzip after line {line() - 1} ({error})") from None
+        raise InputError(f"{path}: corrupt gzip after {total} bytes of text ({error})") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> BinaryIO:
     """Open a file for reading, unpacking it if it begins as gzip does, whatever its name is."""
     with path.open("rb") as file:
         magic = file.read(2)
     if magic == _GZIP_MAGIC:
-        return gzip.open(path, "rb")
+        return cast(BinaryIO, gzip.open(path, "rb"))
     if path.suffix == ".gz" and magic:
         raise InputError(f"{path}: is named .gz but is not gzip")
     return path.open("rb")
@@ -102,7 +117,9 @@ def _decode(path: Path, data: bytes, first_line: int) -> str:
         return data.decode("utf-8-sig" if first_line == 1 else "utf-8")
     except UnicodeDecodeError as error:
         line = first_line + data.count(b"\n", 0, error.start)
-        raise InputError(f"{path}: line {line} is not text (byte {data[error.start]:#04x} is not UTF-8)") from None
+        raise InputError(
+            f"{path}: line {line} is not text (byte {data[error.start]:#04x} is not UTF-8)"
+        ) from None
 
 
 def _without_blanks(path: Path, lines: Lines, max_line_bytes: int) -> Lines:

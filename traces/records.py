@@ -116,6 +116,10 @@ class Recorder:
     Args:
         num_requests: requests of the workload.
         slo_names: names behind the ``slo_class`` codes.
+
+    Attributes:
+        batch: call it with a tuple, one row of ``BATCH_COLUMNS``.
+        gap: call it with a tuple, one row of ``RunRecords.gaps``.
     """
 
     def __init__(self, num_requests: int, slo_names: Sequence[str] = ("default",)) -> None:
@@ -137,9 +141,10 @@ class Recorder:
             "preemptions": array("i", [0]) * num_requests,
         }
         self._seen = array("B", [0]) * num_requests
-        self._batches = {name: array("d" if name in _BATCH_TIMES else "i") for name in BATCH_COLUMNS}
-        self._batch_appends = [column.append for column in self._batches.values()]
+        self._batches = array("d")  # row by row: one call appends a row
         self._gaps = array("d")
+        self.batch = self._batches.extend  # a row of BATCH_COLUMNS
+        self.gap = self._gaps.extend  # (first gap in s, growth per step in s, steps, requests)
 
     def arrival(
         self, id: int, arrival_s: float, prompt_tokens: int, output_tokens: int, slo_class: int, replica: int
@@ -170,15 +175,6 @@ class Recorder:
         self._counts["status"][id] = FINISHED
         self.finished += 1
 
-    def batch(self, *values: float) -> None:
-        """One row of ``BATCH_COLUMNS``."""
-        for append, value in zip(self._batch_appends, values, strict=True):
-            append(value)  # type: ignore[arg-type]
-
-    def gap(self, first_s: float, growth_s: float, steps: int, requests: int) -> None:
-        """``requests`` requests each had ``steps`` gaps between tokens: first, first + growth, …"""
-        self._gaps.extend((first_s, growth_s, steps, requests))
-
     def records(
         self, *, replicas: int, kv_capacity_blocks: int, block_tokens: int, end_s: float
     ) -> RunRecords:
@@ -188,7 +184,11 @@ class Recorder:
         requests: dict[str, NDArray[Any]] = {"request_id": ids}
         for name, column in {**self._times, **self._counts}.items():
             requests[name] = _view(column)[ids]
-        batches = {name: _view(column) for name, column in self._batches.items()}
+        rows = _view(self._batches).reshape(-1, len(BATCH_COLUMNS))
+        batches = {
+            name: rows[:, i] if name in _BATCH_TIMES else rows[:, i].astype(np.int32)
+            for i, name in enumerate(BATCH_COLUMNS)
+        }
         return RunRecords(
             requests=requests,
             batches=batches,

@@ -1,0 +1,313 @@
+"""The configuration of a run (DESIGN.md section 9): what may be said, within which bounds.
+
+The models are frozen and forbid unknown keys. Types are strict: "8" is not a number and 1 is not true.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from types import UnionType
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from policies.priorities import PRIORITIES
+from policies.routers import ROUTERS
+from policies.scheduler import SchedulerSettings
+
+_POLICY = SchedulerSettings()  # its defaults are ours
+
+
+def _whole(value: Any) -> Any:
+    """1e6 is read as a float; it is as good as 1000000."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Count = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=2**31 - 1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Dtype = Literal["bf16", "fp8"]
+
+
+class Section(BaseModel):
+    """A mapping of the configuration."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class HostConfig(Section):
+    """Time that the host adds to each iteration, seconds."""
+
+    base_s: NotNegative = 0.0
+    per_request_s: NotNegative = 0.0
+
+
+class PredictorConfig(Section):
+    """Where kernel times come from. ``profile`` is a profile folder of the user's own."""
+
+    source: Literal["auto", "measured", "imported", "roofline"] = "auto"
+    profile: str | None = None
+    host: HostConfig | None = None
+
+
+class ParallelConfig(Section):
+    """How many GPUs, and how a model is spread over them."""
+
+    replicas: Annotated[Count, Field(le=100_000)] = 1
+    tp: Count = 1
+    spp: Count = 1
+    kvp: Count = 1
+    pipeline: Literal["stream", "microbatch"] = "stream"
+    kvp_tokens_per_group: Count = 524288
+
+
+class KvConfig(Section):
+    """The paged KV cache: tokens per block, and the share of blocks that admission leaves free."""
+
+    block_tokens: Annotated[Count, Field(le=65536)] = _POLICY.block_tokens
+    watermark: Annotated[float, Field(ge=0, lt=1)] = _POLICY.watermark
+
+
+class SchedulerConfig(Section):
+    """The scheduling policy of every replica, and the router before them.
+
+    ``chunk_tokens`` belongs to static chunks; ``length_threshold_tokens`` and ``long_replicas`` to the
+    router length_partitioned. They may stand there unused, so that a sweep can vary the policy.
+    """
+
+    priority: str = _POLICY.priority
+    chunking: Literal["whole", "static", "adaptive"] = _POLICY.chunking
+    chunk_tokens: Count = _POLICY.chunk_tokens
+    packing: Literal["decode_first", "prefill_first"] = _POLICY.packing
+    max_batch_requests: Annotated[Count, Field(le=65536)] = _POLICY.max_batch_requests
+    max_batch_tokens: Annotated[Count, Field(le=2**24)] = _POLICY.max_batch_tokens
+    max_chunk_tokens: Annotated[Count, Field(le=2**24)] = _POLICY.max_chunk_tokens
+    target_iteration_s: Positive = _POLICY.target_iteration_s
+    space_sharing: bool = _POLICY.space_sharing
+    lars_normalization: Literal["work", "deadline"] = _POLICY.lars_normalization
+    long_request_tokens: Count = _POLICY.long_request_tokens
+    max_yield_fraction: Annotated[float, Field(ge=0, lt=1)] = _POLICY.max_yield_fraction
+    max_skips: Count = _POLICY.max_skips
+    router: str = "least_loaded"
+    length_threshold_tokens: Count = 8192
+    long_replicas: Count = 1
+    kv: KvConfig = KvConfig()
+
+    @field_validator("priority")
+    @classmethod
+    def _priority_is_known(cls, name: str) -> str:
+        # A module:Class is looked for when the run is built: reading a configuration imports nothing.
+        return name if ":" in name else known_name(name, tuple(PRIORITIES), "priority")
+
+    @field_validator("router")
+    @classmethod
+    def _router_is_known(cls, name: str) -> str:
+        return known_name(name, ROUTERS, "router")
+
+    @model_validator(mode="after")
+    def _chunks_fit_batches(self) -> SchedulerConfig:
+        if self.chunking == "static" and self.chunk_tokens > self.max_batch_tokens:
+            raise ValueError(
+                f"chunk_tokens {self.chunk_tokens} is more than max_batch_tokens {self.max_batch_tokens}; "
+                "raise max_batch_tokens or take smaller chunks"
+            )
+        return self
+
+
+class WorkloadConfig(Section):
+    """Which requests come, and when. ``traces.build`` knows the keys of lengths and arrivals."""
+
+    lengths: dict[str, Any]
+    arrivals: dict[str, Any]
+    num_requests: Annotated[Count, Field(le=100_000_000)] | None = None
+    duration_s: Positive | None = None
+
+
+class TtftConfig(Section):
+    """The first token is due max(multiplier · C[prompt], floor_s) seconds after arrival."""
+
+    multiplier: NotNegative = 1.5
+    floor_s: NotNegative = 0.5
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_number_is_the_same_for_all(cls, value: Any) -> Any:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return {"multiplier": 0.0, "floor_s": value}
+        return value
+
+    @model_validator(mode="after")
+    def _asks_for_something_possible(self) -> TtftConfig:
+        if self.multiplier == 0 and self.floor_s == 0:
+            raise ValueError("a time to first token of 0 s can't be met; give a positive number of seconds")
+        return self
+
+
+class SloClassConfig(Section):
+    """What one class of requests was promised."""
+
+    ttft: TtftConfig = TtftConfig()
+    tpot_s: Positive | None = None
+
+
+class SloConfig(SloClassConfig):
+    """The promise to all requests, and the exceptions by class; what a class leaves out is as for all."""
+
+    classes: dict[str, SloClassConfig] = Field(default_factory=dict)
+
+    def of_class(self, name: str) -> SloClassConfig:
+        """The promise to requests of the class ``name``."""
+        own = self.classes.get(name)
+        given = {} if own is None else {key: getattr(own, key) for key in own.model_fields_set}
+        return SloClassConfig(**({"ttft": self.ttft, "tpot_s": self.tpot_s} | given))
+
+
+class DtypeConfig(Section):
+    """Number formats of the weights and of the KV cache."""
+
+    weight: Dtype = "bf16"
+    kv: Dtype = "bf16"
+
+
+class Config(Section):
+    """One experiment. ``sweep`` maps dotted keys to the values they take, for ``convoy sweep``."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._+=,@-]{0,99}$")]
+    model: str
+    device: str
+    dtype: DtypeConfig = DtypeConfig()
+    memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    predictor: PredictorConfig = PredictorConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    workload: WorkloadConfig
+    slo: SloConfig = SloConfig()
+    seed: Annotated[int, BeforeValidator(_whole), Field(ge=0, lt=2**63)] = 0
+    stop_s: Positive | None = None
+    sweep: dict[str, list[Any]] | None = None
+
+    @field_validator("sweep")
+    @classmethod
+    def _sweeps_known_keys(cls, sweep: dict[str, list[Any]] | None) -> dict[str, list[Any]] | None:
+        for path, values in (sweep or {}).items():
+            if not values:
+                raise ValueError(f"{path} has no values")
+            check_path(path)
+            if path.partition(".")[0] == "sweep":
+                raise ValueError("a sweep can't vary itself")
+        return sweep
+
+    @model_validator(mode="after")
+    def _some_replicas_stay_for_short_prompts(self) -> Config:
+        scheduler, replicas = self.scheduler, self.parallel.replicas
+        if scheduler.router == "length_partitioned" and scheduler.long_replicas >= replicas:
+            raise ValueError(
+                f"scheduler.router: length_partitioned keeps {scheduler.long_replicas} for long prompts, so "
+                f"parallel.replicas must be larger than that, and is {replicas}"
+            )
+        return self
+
+
+def known_name(name: str, names: tuple[str, ...], what: str) -> str:
+    """``name`` if it is one of ``names``.
+
+    Raises:
+        ValueError: it isn't; suggests the nearest.
+    """
+    if name in names:
+        return name
+    raise ValueError(f"'{name}' is not a known {what}{suggestion(name, names)} ({', '.join(names)})")
+
+
+def suggestion(name: str, names: tuple[str, ...]) -> str:
+    """``"; did you mean 'x'?"`` for the nearest of ``names``, or nothing."""
+    close = get_close_matches(name.lower(), names, n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def check_path(path: str) -> None:
+    """Check that a dotted path names a key that a configuration may hold.
+
+    Raises:
+        ValueError: it doesn't; suggests the nearest key.
+    """
+    annotation: Any = Config
+    parts = path.split(".")
+    for depth, part in enumerate(parts):
+        section = _section_in(annotation)
+        if section is not None and part not in section.model_fields:
+            key = ".".join(parts[: depth + 1])
+            names = tuple(section.model_fields)
+            raise ValueError(f"'{key}' is not a key of the configuration{suggestion(part, names)}")
+        if section is None and _values_of(annotation) is None:
+            raise ValueError(f"'{'.'.join(parts[:depth])}' is a value, so '{path}' is not a key")
+        annotation = _below(annotation, part)
+
+
+def field_names(location: tuple[int | str, ...]) -> tuple[str, ...]:
+    """Keys of the section in which the last part of ``location`` stands."""
+    annotation: Any = Config
+    for part in location[:-1]:
+        annotation = _below(annotation, str(part))
+    section = _section_in(annotation)
+    return tuple(section.model_fields) if section is not None else ()
+
+
+def _below(annotation: Any, part: str) -> Any:
+    """The annotation of what stands under the key ``part``."""
+    section = _section_in(annotation)
+    return section.model_fields[part].annotation if section is not None else _values_of(annotation)
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    """The section class in an annotation such as ``HostConfig | None``."""
+    kinds = [annotation] if get_origin(annotation) is None else []
+    if get_origin(annotation) is UnionType:
+        kinds = list(get_args(annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
+
+
+def _values_of(annotation: Any) -> Any:
+    """The annotation of a dict's values; None if it isn't a dict. What is below ``Any`` is free."""
+    if annotation is Any:
+        return Any
+    kinds = get_args(annotation) if get_origin(annotation) is UnionType else (annotation,)
+    return next((get_args(kind)[1] for kind in kinds if get_origin(kind) is dict), None)
+
+
+def dump(config: Config) -> dict[str, Any]:
+    """The configuration with all its defaults, as plain data that :mod:`experiments.load` reads again."""
+    data = config.model_dump(mode="json", exclude_none=True)
+    # In full, so that what a class took from the promise to all stays what it was.
+    classes = {name: config.slo.of_class(name).model_dump(mode="json") for name in config.slo.classes}
+    data["slo"] |= {"classes": classes}
+    return data
+
+
+def merged(data: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A copy of ``data`` with the value at the dotted ``path`` replaced; numbers index lists.
+
+    Raises:
+        ValueError: something on the way isn't a mapping or a list, or an index is out of range.
+    """
+    head, _, rest = path.partition(".")
+    if not rest:
+        return {**data, head: value}
+    below = data.get(head)
+    if isinstance(below, list):
+        return {**data, head: _merged_list(below, head, rest, value)}
+    if below is not None and not isinstance(below, Mapping):
+        raise ValueError(f"'{head}' is a value ({below!r}), so it has no '{rest}'")
+    return {**data, head: merged(below or {}, rest, value)}
+
+
+def _merged_list(items: list[Any], head: str, path: str, value: Any) -> list[Any]:
+    index, _, rest = path.partition(".")
+    if not index.isdecimal() or int(index) >= len(items):
+        raise ValueError(f"'{head}' is a list of {len(items)}, so '{index}' must be 0 to {len(items) - 1}")
+    item = items[int(index)]
+    if rest and not isinstance(item, Mapping):
+        raise ValueError(f"'{head}.{index}' is a value ({item!r}), so it has no '{rest}'")
+    new = merged(item, rest, value) if rest else value
+    return [*items[: int(index)], new, *items[int(index) + 1 :]]

@@ -1,0 +1,252 @@
+"""Operator predictors: physics first, a learned residual second.
+
+An estimator in scikit-learn's manner: what is chosen goes into the constructor, what is learned ends
+in an underscore. Prediction needs numpy only; `fit` needs scipy.
+
+    time = max(floor, physics(shape; fitted parameters) · exp(share · residual(features)))
+
+The residual is a Gaussian process on log2 features with a few hundred inducing points (subset of
+regressors; Quiñonero-Candela and Rasmussen, JMLR 2005). It is zero far from every measured point, and
+features beyond the measured box are moved to its edge, so that extrapolation is the physics, at most
+times a constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from profiler.estimate import BoolArray, FloatArray
+from profiler.roofline import Physics, Shape
+
+MAX_RESIDUAL = 1.5  # |log(measured / physics)| beyond this is taken for an outlier when fitting
+PHYSICS_ROWS = 4000  # rows that the handful of physical parameters are fitted on
+SELECTION_ROWS = 8000  # rows that hyper-parameters are chosen on
+LENGTH_SCALES = (1.5, 2.5, 4.0)  # octaves
+NOISES = (0.3, 3.0)
+
+Float32Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Seconds, floor and whether the shape lies outside the measured region; one entry a shape."""
+
+    time_s: FloatArray
+    floor_s: FloatArray
+    extrapolated: BoolArray
+
+
+@dataclass(frozen=True, slots=True)
+class LearnedState:
+    """All that a fitted operator knows; plain numbers and arrays."""
+
+    parameters: Mapping[str, float]
+    inducing: Float32Array  # [p, f], in length scales
+    weights: Float32Array  # [p]
+    low: FloatArray  # [f] measured box of the features
+    high: FloatArray  # [f]
+    cells: NDArray[np.int64]  # occupied octave cells of the coverage axes, encoded, sorted
+    length_scale: float
+    noise: float
+    has_prefix: bool
+
+
+class OperatorModel:
+    """Time of one operator on one device.
+
+    Args:
+        physics: the formula and its features.
+        length_scale: of the residual, in octaves; None chooses it within the training rows.
+        noise: ridge of the residual; None chooses it within the training rows.
+        inducing: most points the residual is carried by.
+        seed: of the row sub-samples.
+    """
+
+    state_: LearnedState
+
+    def __init__(
+        self,
+        physics: Physics,
+        *,
+        length_scale: float | None = None,
+        noise: float | None = None,
+        inducing: int = 256,
+        seed: int = 0,
+    ) -> None:
+        self.physics = physics
+        self.length_scale = length_scale
+        self.noise = noise
+        self.inducing = inducing
+        self.seed = seed
+
+    def fit(
+        self, shape: Shape, time_s: FloatArray, groups: NDArray[np.int64], *, warm: bool = False
+    ) -> OperatorModel:
+        """Learn from measured times.
+
+        Args:
+            shape: columns of equal length.
+            time_s: seconds, positive.
+            groups: rows of one group are kept together when hyper-parameters are chosen.
+            warm: the inputs were in the cache when measured (a kernel repeated on the same data).
+        """
+        rng = np.random.default_rng(self.seed)
+        parameters = self._fit_physics(shape, time_s, warm, rng)
+        features = self.physics.features(shape)
+        physics_s = self.physics.time_s(shape, parameters, cold=not warm)
+        residual = np.clip(np.log(time_s / physics_s), -MAX_RESIDUAL, MAX_RESIDUAL)
+        length_scale, noise = self._choose(features, residual, groups, rng)
+        inducing, weights = _fit_residual(features, residual, length_scale, noise, self.inducing, rng)
+        low, high = features.min(axis=0), features.max(axis=0)
+        self.state_ = LearnedState(
+            parameters=parameters,
+            inducing=inducing.astype(np.float32),
+            weights=weights.astype(np.float32),
+            low=low,
+            high=high,
+            cells=np.unique(self._cells(features)),
+            length_scale=length_scale,
+            noise=noise,
+            has_prefix=bool(np.any(shape["context"] > 0)) if "context" in shape else False,
+        )
+        return self
+
+    def predict(self, shape: Shape, *, cold: bool = True) -> Prediction:
+        """Times of any shapes. `cold=False` predicts what a cache-warm benchmark would measure."""
+        state = self.state_
+        features = self.physics.features(shape)
+        physics_s = self.physics.time_s(shape, state.parameters, cold=cold)
+        inside = np.clip(features, state.low, state.high)
+        scaled = (inside / state.length_scale).astype(np.float32)
+        residual = (_kernel(scaled, state.inducing) @ state.weights).astype(np.float64)
+        if not state.has_prefix:
+            residual = residual * self.physics.residual_share(shape, state.parameters)
+        floor_s = self.physics.floor_s(shape)
+        time_s = physics_s * np.exp(np.clip(residual, -MAX_RESIDUAL, MAX_RESIDUAL))
+        return Prediction(np.maximum(time_s, floor_s), floor_s, self._outside(features))
+
+    def physics_only(self, shape: Shape, *, cold: bool = True) -> FloatArray:
+        """The fitted formula without the residual, for comparison."""
+        time_s = self.physics.time_s(shape, self.state_.parameters, cold=cold)
+        return np.maximum(time_s, self.physics.floor_s(shape))
+
+    def is_extrapolated(self, shape: Shape) -> BoolArray:
+        """Which shapes lie outside the measured region, by the features of `coverage_axes`."""
+        return self._outside(self.physics.features(shape))
+
+    def _outside(self, features: FloatArray) -> BoolArray:
+        axes = list(self.physics.coverage_axes)
+        slack = 1e-6
+        low, high = self.state_.low[axes] - slack, self.state_.high[axes] + slack
+        inside_box = np.all((features[:, axes] >= low) & (features[:, axes] <= high), axis=1)
+        cells = self._cells(features)
+        position = np.minimum(np.searchsorted(self.state_.cells, cells), len(self.state_.cells) - 1)
+        return np.asarray(~inside_box | (self.state_.cells[position] != cells), dtype=np.bool_)
+
+    def _cells(self, features: FloatArray) -> NDArray[np.int64]:
+        """One integer for the octave cell of each row on the coverage axes."""
+        code = np.zeros(len(features), dtype=np.int64)
+        for axis in self.physics.coverage_axes:
+            octave = np.clip(np.floor(features[:, axis] + 1e-6), -20, 43).astype(np.int64) + 20
+            code = code * 64 + octave
+        return code
+
+    def _fit_physics(
+        self, shape: Shape, time_s: FloatArray, warm: bool, rng: np.random.Generator
+    ) -> dict[str, float]:
+        from scipy.optimize import least_squares
+
+        rows = rng.permutation(len(time_s))[:PHYSICS_ROWS]
+        sample = {name: column[rows] for name, column in shape.items()}
+        target = np.log(time_s[rows])
+        names = list(self.physics.parameters)
+        ranges = [self.physics.parameters[name] for name in names]
+        low, high, start = (
+            np.log(values)
+            for values in zip(*((r.low, r.high, r.default) for r in ranges), strict=True)
+        )
+
+        def error(x: FloatArray) -> FloatArray:
+            parameters = dict(zip(names, np.exp(x), strict=True))
+            return np.log(self.physics.time_s(sample, parameters, cold=not warm)) - target
+
+        # The robust loss keeps a few odd measurements from bending the formula.
+        result = least_squares(
+            error,
+            np.clip(start, low + 1e-6, high - 1e-6),
+            bounds=(low, high),
+            loss="soft_l1",
+            f_scale=0.1,
+            max_nfev=60,
+        )
+        return {name: float(value) for name, value in zip(names, np.exp(result.x), strict=True)}
+
+    def _choose(
+        self, features: FloatArray, residual: FloatArray, groups: NDArray[np.int64], rng: np.random.Generator
+    ) -> tuple[float, float]:
+        """Length scale and noise with the least held-out error on whole groups of the training rows."""
+        scales = LENGTH_SCALES if self.length_scale is None else (self.length_scale,)
+        noises = NOISES if self.noise is None else (self.noise,)
+        if len(scales) * len(noises) == 1:
+            return scales[0], noises[0]
+        names = rng.permutation(np.unique(groups))
+        held_groups = names[: max(1, len(names) // 5)]
+        rows = rng.permutation(len(residual))[:SELECTION_ROWS]
+        held = np.isin(groups[rows], held_groups)
+        train, test = rows[~held], rows[held]
+        if len(train) == 0 or len(test) == 0:
+            return scales[0], noises[-1]
+        best = (np.inf, scales[0], noises[-1])
+        for scale in scales:
+            for noise in noises:
+                points, weights = _fit_residual(
+                    features[train], residual[train], scale, noise, self.inducing, np.random.default_rng(0)
+                )
+                error = _kernel(features[test] / scale, points) @ weights - residual[test]
+                best = min(best, (float(np.mean(np.abs(error))), scale, noise))
+        return best[1], best[2]
+
+
+def _kernel(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.floating]:
+    """exp(−|a − b|²/2) for all pairs of rows, [len(a), len(b)]."""
+    product = a @ b.T
+    product -= 0.5 * np.sum(a * a, axis=1)[:, None]
+    product -= 0.5 * np.sum(b * b, axis=1)[None, :]
+    np.minimum(product, 0.0, out=product)
+    return np.exp(product, out=product)
+
+
+def _fit_residual(
+    features: FloatArray,
+    residual: FloatArray,
+    length_scale: float,
+    noise: float,
+    inducing: int,
+    rng: np.random.Generator,
+) -> tuple[FloatArray, FloatArray]:
+    scaled = features / length_scale
+    points = _spread_points(scaled, inducing, rng)
+    cross = _kernel(scaled, points)
+    own = _kernel(points, points)
+    system = cross.T @ cross + noise * own + 1e-4 * np.eye(len(points))
+    weights = np.linalg.solve(system, cross.T @ residual)
+    return points, np.asarray(weights)
+
+
+def _spread_points(rows: FloatArray, count: int, rng: np.random.Generator) -> FloatArray:
+    """Up to `count` rows, each as far as possible from those before it (farthest-point sampling)."""
+    if len(rows) > PHYSICS_ROWS:
+        rows = rows[rng.permutation(len(rows))[:PHYSICS_ROWS]]
+    chosen = [0]
+    distance = np.sum((rows - rows[0]) ** 2, axis=1)
+    while len(chosen) < count:
+        farthest = int(np.argmax(distance))
+        if distance[farthest] < 1e-9:
+            break
+        chosen.append(farthest)
+        distance = np.minimum(distance, np.sum((rows - rows[farthest]) ** 2, axis=1))
+    return rows[chosen]

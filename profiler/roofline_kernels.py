@@ -1,0 +1,101 @@
+"""Kernel times from the data sheet alone."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from profiler.estimate import Estimate, FloatArray, broadcast
+from profiler.roofline import (
+    STREAM_EFFICIENCY,
+    AllReduce,
+    DecodeAttention,
+    Gemm,
+    Physics,
+    PrefillAttention,
+    Shape,
+)
+from specs.devices import DeviceSpec
+from specs.errors import InputError
+from specs.models import DTYPE_BYTES
+
+
+class RooflineKernels:
+    """Physics with default parameters: nothing was measured, everything counts as extrapolated.
+
+    `weight_dtype` sets the bytes and the rate of GEMMs, `kv_dtype` those of the KV cache.
+
+    Raises:
+        InputError: unknown dtype, or one the device can't compute in.
+    """
+
+    def __init__(self, device: DeviceSpec, *, weight_dtype: str = "bf16", kv_dtype: str = "bf16") -> None:
+        for key, dtype in (("weight_dtype", weight_dtype), ("kv_dtype", kv_dtype)):
+            if dtype not in DTYPE_BYTES:
+                raise InputError(f"{key}: {dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
+        self.device = device
+        self._gemm = Gemm(device, weight_dtype)
+        self._prefill = PrefillAttention(device, kv_dtype)
+        self._decode = DecodeAttention(device, kv_dtype)
+        self._all_reduce = AllReduce(device)
+
+    def gemm(self, m: ArrayLike, n: ArrayLike, k: ArrayLike) -> Estimate:
+        m, n, k = broadcast(m, n, k)
+        return self._estimate(self._gemm, {"m": m, "n": n, "k": k})
+
+    def prefill_attention(
+        self, chunk: ArrayLike, context: ArrayLike, heads: ArrayLike, kv_heads: ArrayLike, head_dim: ArrayLike
+    ) -> Estimate:
+        names = ("batch", "chunk", "context", "heads", "kv_heads", "head_dim")
+        arrays = broadcast(1.0, chunk, context, heads, kv_heads, head_dim)
+        return self._estimate(self._prefill, dict(zip(names, arrays, strict=True)))
+
+    def decode_attention(
+        self,
+        batch: ArrayLike,
+        total_context: ArrayLike,
+        heads: ArrayLike,
+        kv_heads: ArrayLike,
+        head_dim: ArrayLike,
+    ) -> Estimate:
+        names = ("batch", "total_context", "heads", "kv_heads", "head_dim")
+        arrays = broadcast(batch, total_context, heads, kv_heads, head_dim)
+        return self._estimate(self._decode, dict(zip(names, arrays, strict=True)))
+
+    def elementwise(self, num_bytes: ArrayLike) -> Estimate:
+        (num_bytes,) = broadcast(num_bytes)
+        floor_s = num_bytes / self.device.memory_bandwidth_bytes_per_s
+        return _roofline(self.device.kernel_launch_s + floor_s / STREAM_EFFICIENCY, floor_s)
+
+    def all_reduce(self, num_bytes: ArrayLike, ranks: ArrayLike) -> Estimate:
+        num_bytes, ranks = broadcast(num_bytes, ranks)
+        if np.any(ranks > self.device.gpus_per_node):
+            return self._ring_between_nodes(num_bytes, ranks)
+        estimate = self._estimate(self._all_reduce, {"num_bytes": num_bytes, "ranks": ranks})
+        alone = ranks <= 1
+        return Estimate(
+            np.where(alone, 0.0, estimate.time_s),
+            np.where(alone, 0.0, estimate.floor_s),
+            estimate.extrapolated & ~alone,
+            estimate.source,
+        )
+
+    def send_recv(self, num_bytes: ArrayLike, inter_node: bool) -> Estimate:
+        (num_bytes,) = broadcast(num_bytes)
+        link = self.device.inter_node if inter_node else self.device.intra_node
+        floor_s = num_bytes / link.bandwidth_bytes_per_s
+        return _roofline(link.latency_s + floor_s, floor_s)
+
+    def _ring_between_nodes(self, num_bytes: FloatArray, ranks: FloatArray) -> Estimate:
+        # A flat ring: 2·(r−1) hops, each link carrying 2·(r−1)/r of the vector; the slowest link counts.
+        link = self.device.inter_node
+        hops = 2.0 * (ranks - 1.0)
+        floor_s = num_bytes * (ranks - 1.0) / ranks / link.bandwidth_bytes_per_s
+        return _roofline(self.device.kernel_launch_s + hops * link.latency_s + 2.0 * floor_s, floor_s)
+
+    def _estimate(self, physics: Physics, shape: Shape) -> Estimate:
+        return _roofline(physics.time_s(shape, physics.defaults()), physics.floor_s(shape))
+
+
+def _roofline(time_s: FloatArray, floor_s: FloatArray) -> Estimate:
+    return Estimate(np.maximum(time_s, floor_s), floor_s, np.ones(floor_s.shape, dtype=np.bool_), "roofline")

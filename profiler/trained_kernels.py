@@ -1,0 +1,163 @@
+"""Kernel times from a trained predictor; the roofline where it has no table.
+
+Along the one size that grows during serving (tokens of a GEMM, context of attention, bytes of an
+all-reduce) times are made non-decreasing: they are evaluated on a fixed ladder, each rung at least
+as high as those before, and interpolated. So a value doesn't depend on what else was asked for.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from profiler.estimate import Estimate, FloatArray, broadcast
+from profiler.operators import OperatorModel
+from profiler.predictor import Predictor
+from profiler.roofline_kernels import RooflineKernels
+from specs.devices import DeviceSpec
+
+MAX_CONTEXT = 2**25  # 33M tokens; beyond it times follow the last rung's slope
+
+
+def _token_rungs() -> FloatArray:
+    """Sizes of m at and just past the edges of GEMM tiles, where times jump."""
+    edges = [
+        *range(8, 64, 8),
+        *range(64, 1024, 64),
+        *range(1024, 4096, 128),
+        *range(4096, 16384, 512),
+        *(int(16384 * 2 ** (i / 4)) for i in range(33)),
+    ]
+    return np.unique(np.array([1, 2, 4, *edges, *(edge + 1 for edge in edges)], dtype=np.float64))
+
+
+def _geometric_rungs(first: float, last: float, per_octave: int) -> FloatArray:
+    count = int(np.ceil(np.log2(last / first) * per_octave)) + 1
+    return np.asarray(first * 2.0 ** (np.arange(count) / per_octave))
+
+
+_TOKENS = _token_rungs()
+_CONTEXT = np.concatenate([[0.0], _geometric_rungs(16.0, MAX_CONTEXT, 3)])
+_KEYS = _geometric_rungs(1.0, MAX_CONTEXT, 3)
+_BYTES = _geometric_rungs(1.0, 2.0**36, 4)
+
+
+class TrainedKernels(RooflineKernels):
+    """Predictions of a profile's operators.
+
+    Operators and dtypes that the profile has no table for come from the roofline, and their
+    estimates say so in `source`.
+    """
+
+    def __init__(
+        self,
+        device: DeviceSpec,
+        predictor: Predictor,
+        *,
+        source: str,
+        weight_dtype: str = "bf16",
+        kv_dtype: str = "bf16",
+    ) -> None:
+        super().__init__(device, weight_dtype=weight_dtype, kv_dtype=kv_dtype)
+        # fp16 kernels are those of bf16: same width, same rate.
+        dtypes = {"gemm": weight_dtype, "all_reduce": "bf16"}
+        self._source = source
+        self._models: dict[str, OperatorModel] = {}
+        for operator in ("gemm", "prefill_attention", "decode_attention", "all_reduce"):
+            dtype = dtypes.get(operator, kv_dtype)
+            model = predictor.operators.get(f"{operator}_{'bf16' if dtype == 'fp16' else dtype}")
+            if model is not None:
+                self._models[operator] = model
+
+    def gemm(self, m: ArrayLike, n: ArrayLike, k: ArrayLike) -> Estimate:
+        if (model := self._models.get("gemm")) is None:
+            return super().gemm(m, n, k)
+        m, n, k = broadcast(m, n, k)
+        return self._climb(model, {"n": n, "k": k}, "m", m, _TOKENS)
+
+    def prefill_attention(
+        self, chunk: ArrayLike, context: ArrayLike, heads: ArrayLike, kv_heads: ArrayLike, head_dim: ArrayLike
+    ) -> Estimate:
+        if (model := self._models.get("prefill_attention")) is None:
+            return super().prefill_attention(chunk, context, heads, kv_heads, head_dim)
+        batch, chunk, context, heads, kv_heads, head_dim = broadcast(
+            1.0, chunk, context, heads, kv_heads, head_dim
+        )
+        fixed = {"batch": batch, "chunk": chunk, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+        return self._climb(model, fixed, "context", context, _CONTEXT)
+
+    def decode_attention(
+        self,
+        batch: ArrayLike,
+        total_context: ArrayLike,
+        heads: ArrayLike,
+        kv_heads: ArrayLike,
+        head_dim: ArrayLike,
+    ) -> Estimate:
+        if (model := self._models.get("decode_attention")) is None:
+            return super().decode_attention(batch, total_context, heads, kv_heads, head_dim)
+        batch, total_context, heads, kv_heads, head_dim = broadcast(
+            batch, total_context, heads, kv_heads, head_dim
+        )
+        fixed = {"batch": batch, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+        return self._climb(model, fixed, "total_context", total_context, _KEYS, scale="batch")
+
+    def all_reduce(self, num_bytes: ArrayLike, ranks: ArrayLike) -> Estimate:
+        model = self._models.get("all_reduce")
+        num_bytes, ranks = broadcast(num_bytes, ranks)
+        # The tables hold 2, 4 and 8 ranks of one node; between those the formula interpolates.
+        if model is None or np.any((ranks < 2) | (ranks > self.device.gpus_per_node)):
+            return super().all_reduce(num_bytes, ranks)
+        return self._climb(model, {"ranks": ranks}, "num_bytes", num_bytes, _BYTES)
+
+    def _climb(
+        self,
+        model: OperatorModel,
+        fixed: dict[str, FloatArray],
+        name: str,
+        size: FloatArray,
+        rungs: FloatArray,
+        scale: str | None = None,
+    ) -> Estimate:
+        """Times that don't fall as `size` grows, for each combination of the fixed columns.
+
+        With `scale`, the rungs are in units of that column (context per request of a batch).
+        """
+        flat = {column: values.ravel() for column, values in fixed.items()}
+        combination, first = _combinations(list(flat.values()))
+        unit = flat[scale] if scale else np.ones(size.size)
+        at_rungs = {column: np.repeat(values[first], len(rungs)) for column, values in flat.items()}
+        at_rungs[name] = (unit[first, None] * rungs).ravel()
+        ladder = model.predict(at_rungs).time_s.reshape(len(first), len(rungs))
+        ladder = np.maximum.accumulate(ladder, axis=1)
+
+        here = {**flat, name: size.ravel()}
+        time_s = _interpolate(ladder, rungs, combination, here[name] / unit)
+        floor_s, extrapolated = model.physics.floor_s(here), model.is_extrapolated(here)
+        time_s = np.maximum(time_s, floor_s)
+        return Estimate(
+            time_s.reshape(size.shape),
+            floor_s.reshape(size.shape),
+            extrapolated.reshape(size.shape),
+            self._source,
+        )
+
+
+def _combinations(columns: list[FloatArray]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """For each row the index of its combination of values, and for each combination its first row."""
+    code = np.zeros(len(columns[0]), dtype=np.int64)
+    for column in columns:
+        values, index = np.unique(column, return_inverse=True)
+        code = code * len(values) + index
+    _, first, combination = np.unique(code, return_index=True, return_inverse=True)
+    return combination, first
+
+
+def _interpolate(
+    ladder: FloatArray, rungs: FloatArray, row: NDArray[np.intp], size: FloatArray
+) -> FloatArray:
+    """Piecewise linear in each row of the ladder; the last piece goes on beyond the end."""
+    lower = np.clip(np.searchsorted(rungs, size, side="right") - 1, 0, len(rungs) - 2)
+    start, end = ladder[row, lower], ladder[row, lower + 1]
+    fraction = (size - rungs[lower]) / (rungs[lower + 1] - rungs[lower])
+    return np.asarray(start + np.maximum(fraction, 0.0) * (end - start))

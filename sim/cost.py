@@ -1,0 +1,38 @@
+"""What the simulator asks of a cost model, besides what policies ask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from policies.cost import CostModel
+from profiler.decode_run import DecodeRun
+
+
+class IterationCost(CostModel, Protocol):
+    """Times of a replica's stages and links. ``profiler.iteration.IterationModel`` is one."""
+
+    @property
+    def stage_layers(self) -> Sequence[int]:
+        """Layers of each stage; its length is the number of stages."""
+        ...
+
+    def stage_times_s(self, tokens: int, rows: int, requests: int, attention_s: float) -> list[float]:
+        """Seconds of each stage; with the hand-overs they add up to the iteration."""
+        ...
+
+    def handover_s(self, tokens: int) -> float:
+        """Seconds to hand the activations of ``tokens`` tokens from one stage to the next."""
+        ...
+
+    def decode_run(self, decodes: int, total_context: int, steps: int) -> DecodeRun:
+        """``steps`` steps of the same decodes, each adding one token to every context."""
+        ...
+
+    def chunk_is_extrapolated(self, chunk_tokens: int, context_tokens: int) -> bool:
+        """Whether a chunk's attention lies outside what was measured."""
+        ...
+
+    def decode_is_extrapolated(self, decodes: int, total_context: int) -> bool:
+        """Whether the decodes' attention lies outside what was measured."""
+        ...

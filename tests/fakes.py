@@ -1,0 +1,55 @@
+"""Cost models simple enough to compute by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from profiler.decode_run import DecodeRun, Polyline
+
+
+class LinearCost:
+    """An iteration takes ``base_s + token_s · tokens + pair_s · (chunk · context) + context_s · Σ contexts``.
+
+    Times are split evenly over ``stages``; a hand-over takes ``handover_s``.
+    """
+
+    def __init__(
+        self,
+        *,
+        base_s: float = 0.0,
+        token_s: float = 0.0,
+        pair_s: float = 0.0,
+        context_s: float = 0.0,
+        stages: int = 1,
+        handover_s: float = 0.0,
+    ) -> None:
+        self.base_s, self.token_s, self.pair_s, self.context_s = base_s, token_s, pair_s, context_s
+        self.stage_layers = (1,) * stages
+        self._handover_s = handover_s
+
+    def tokens_s(self, tokens: int, rows: int, requests: int) -> float:
+        handovers_s = self._handover_s * (len(self.stage_layers) - 1)
+        return self.base_s + self.token_s * tokens + handovers_s
+
+    def chunk_attention_s(self, chunk_tokens: int, context_tokens: int) -> float:
+        return self.pair_s * chunk_tokens * context_tokens
+
+    def decode_attention_s(self, decodes: int, total_context: int) -> float:
+        return self.context_s * total_context
+
+    def stage_times_s(self, tokens: int, rows: int, requests: int, attention_s: float) -> list[float]:
+        stages = len(self.stage_layers)
+        return [(self.base_s + self.token_s * tokens + attention_s) / stages] * stages
+
+    def handover_s(self, tokens: int) -> float:
+        return self._handover_s
+
+    def decode_run(self, decodes: int, total_context: int, steps: int) -> DecodeRun:
+        line = Polyline(np.array([0.0, 1.0]), np.array([0.0, self.context_s]))
+        return DecodeRun(line, self.tokens_s(decodes, decodes, decodes), total_context, decodes, steps)
+
+    def chunk_is_extrapolated(self, chunk_tokens: int, context_tokens: int) -> bool:
+        return False
+
+    def decode_is_extrapolated(self, decodes: int, total_context: int) -> bool:
+        return False
