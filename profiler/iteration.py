@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from profiler.decode_run import DecodeRun, Polyline
 from profiler.estimate import Estimate
 from profiler.kernels import Kernels
+from profiler.roofline import QUERY_TILE_ROWS
 from specs import ModelSpec, ParallelSpec
 
 FloatArray = NDArray[np.float64]
@@ -283,7 +284,7 @@ class IterationModel:
         self._rows_table = table
 
     def _compile_chunks(self, max_chunk: int) -> None:
-        chunks = np.unique(np.concatenate([[1, 2, 4, 8, 12, 16], _geometric(16, max(max_chunk, 32), 4)]))
+        chunks = chunk_knots(max_chunk, self._heads // self._kv_heads)
         contexts = np.concatenate([[0.0], _geometric(32, LONGEST_TOKENS, 3)])
         estimate = self._chunk_estimate(*(a.ravel() for a in np.meshgrid(chunks, contexts, indexing="ij")))
         times = estimate.time_s.reshape(len(chunks), len(contexts)) * self.model.num_layers
@@ -324,12 +325,29 @@ class IterationModel:
 
 
 def token_knots(largest: int) -> FloatArray:
-    """Token counts at which token-wise operators are evaluated: every one to 16, then ever coarser."""
-    steps = [(1, 16, 1), (16, 256, 16), (256, 1024, 64), (1024, 4096, 256), (4096, 16384, 1024)]
-    knots = np.concatenate([np.arange(start, stop, step) for start, stop, step in steps])
-    knots = np.concatenate([knots, _geometric(DENSE_TOKENS, max(largest, DENSE_TOKENS + 1), 4)])
-    beyond = np.searchsorted(knots, largest)
-    return np.asarray(knots[: max(int(beyond) + 1, 2)], dtype=np.float64)
+    """Token counts at which token-wise operators are evaluated.
+
+    Every one to 512; from there multiples of a kernel's tile and the count just behind each, where another
+    tile begins; geometric beyond 16K.
+    """
+    borders = np.concatenate([np.arange(512, 4096, 64), np.arange(4096, DENSE_TOKENS, 256)])
+    beyond = _geometric(DENSE_TOKENS, max(largest, DENSE_TOKENS + 1), 4)
+    knots = np.unique(np.concatenate([np.arange(1, 512), borders, borders + 1, beyond])).astype(np.float64)
+    return np.asarray(knots[: max(int(np.searchsorted(knots, largest)) + 1, 2)])
+
+
+def chunk_knots(largest: int, group: int) -> FloatArray:
+    """Chunks at which attention is evaluated: geometric, and both sides of every border between tiles.
+
+    A tile has 128 rows. Where the ``group`` query heads of a KV head share one, it is full after
+    128 ÷ ``group`` tokens, else after 128. One tile more can mean one wave more, at any size that is used.
+    """
+    packed = np.arange(1, 65) * max(QUERY_TILE_ROWS // group, 1)
+    separate = np.arange(1, 65) * QUERY_TILE_ROWS
+    borders = np.concatenate([packed, separate])
+    knots = np.unique(np.concatenate([_geometric(16, max(largest, 32), 4), borders, borders + 1]))
+    beyond = int(np.searchsorted(knots, largest)) + 1
+    return np.unique(np.concatenate([[1, 2, 4, 8, 12], knots[: max(beyond, 2)]])).astype(np.float64)
 
 
 def _geometric(low: int, high: int, per_octave: int) -> FloatArray:
@@ -339,13 +357,12 @@ def _geometric(low: int, high: int, per_octave: int) -> FloatArray:
 
 
 def _measured_limits(contexts: FloatArray, outside: NDArray[np.bool_]) -> list[float]:
-    """For each row, the last context before the first extrapolated one: −1 if there is none before it,
-    infinity if none is extrapolated."""
+    """For each row, the largest context that isn't extrapolated: −1 if all are, infinity if the last isn't."""
     limits = []
     for row in outside:
-        first = int(row.argmax())
-        before = float(contexts[first - 1]) if first else -1.0
-        limits.append(before if row.any() else float("inf"))
+        inside = np.flatnonzero(~row)
+        limit = float(contexts[inside[-1]]) if len(inside) else -1.0
+        limits.append(limit if row[-1] else float("inf"))
     return limits
 
 

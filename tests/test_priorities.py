@@ -59,7 +59,9 @@ def test_slack_is_arrival_plus_deadline_minus_now_minus_remaining() -> None:
 # Few distinct values, so that ties are frequent in every order.
 requests_at = st.lists(
     st.tuples(
-        st.sampled_from([0.0, 1.0, 2.5, 40.0]), st.sampled_from([0.5, 1.0, 10.0]), st.sampled_from([1.0, 16.0])
+        st.sampled_from([0.0, 1.0, 2.5, 40.0]),
+        st.sampled_from([0.5, 1.0, 10.0]),
+        st.sampled_from([1.0, 16.0]),
     ),
     min_size=1,
     max_size=40,
@@ -99,7 +101,9 @@ def test_a_policy_from_outside_is_found_by_its_path() -> None:
     assert find_priority("policies.priorities:SRPT") is SRPT
 
 
-@pytest.mark.parametrize("name", ["larz", "json:JSONDecoder", "nowhere.at.all:X", "policies.priorities:Nothing", ":"])
+@pytest.mark.parametrize(
+    "name", ["larz", "json:JSONDecoder", "nowhere.at.all:X", "policies.priorities:Nothing", ":"]
+)
 def test_an_unknown_policy_is_refused(name: str) -> None:
     with pytest.raises(InputError):
         find_priority(name)
@@ -120,7 +124,11 @@ def test_largest_chunk_is_the_hand_computed_one() -> None:
 
 
 @given(
-    st.integers(0, 200_000), st.integers(1, 5000), st.floats(1e-4, 0.2), st.integers(0, 500), st.floats(0, 0.05)
+    st.integers(0, 200_000),
+    st.integers(1, 5000),
+    st.floats(1e-4, 0.2),
+    st.integers(0, 500),
+    st.floats(0, 0.05),
 )
 def test_largest_chunk_equals_a_linear_search(
     context: int, available: int, budget_s: float, tokens: int, attention_s: float

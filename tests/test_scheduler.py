@@ -138,7 +138,9 @@ def test_deadlines_follow_the_work_and_the_class() -> None:
 
 
 def test_space_sharing_leaves_room_and_takes_one_long_request_a_batch() -> None:
-    settings = replace(SETTINGS, priority="lars", chunking="adaptive", target_iteration_s=0.02, space_sharing=True)
+    settings = replace(
+        SETTINGS, priority="lars", chunking="adaptive", target_iteration_s=0.02, space_sharing=True
+    )
     settings = replace(settings, long_request_tokens=50_000)
     scheduler = make(settings)
     for id in range(2):

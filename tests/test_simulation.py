@@ -72,7 +72,9 @@ def test_littles_law() -> None:
     records = simulate(work, Setup(COST, 500_000))
     arrivals, ends = records.requests["arrival_s"], records.requests["finished_s"]
     grid = np.linspace(0, records.end_s, 100_001)
-    inside = np.searchsorted(arrivals, grid, side="right") - np.searchsorted(np.sort(ends), grid, side="right")
+    inside = np.searchsorted(arrivals, grid, side="right") - np.searchsorted(
+        np.sort(ends), grid, side="right"
+    )
     assert inside.mean() == pytest.approx(n / records.end_s * records.e2e_s.mean(), rel=0.01)
 
 
@@ -115,7 +117,9 @@ def test_the_convoy_and_how_lars_ends_it() -> None:
     for priority in ("fcfs", "edf", "lars"):
         setup = Setup(LinearCost(token_s=0.01), 10_000, replace(policy, priority=priority), slos=slos)
         ttft_s[priority] = simulate(work, setup).ttft_s
-    assert ttft_s["fcfs"] == pytest.approx([10.0, 5.5, 6.0], abs=0.011)  # the short ones are starved, both miss
+    assert ttft_s["fcfs"] == pytest.approx(
+        [10.0, 5.5, 6.0], abs=0.011
+    )  # the short ones are starved, both miss
     assert ttft_s["edf"] == pytest.approx([11.0, 0.5, 1.0], abs=0.011)
     # The short ones start once ρ has fallen from 1.0 to the long one's 0.6, that is 0.2 s after arrival.
     assert ttft_s["lars"][0] == pytest.approx(11.0, abs=0.02)
@@ -187,7 +191,11 @@ def same_records(fast: RunRecords, slow: RunRecords) -> None:
 @settings(max_examples=60, deadline=None)
 @given(rows, policies, st.sampled_from([1100, 4000, 100_000]), st.integers(1, 3), st.integers(1, 2))
 def test_fast_forwarded_runs_equal_step_by_step_runs(
-    requests: list[tuple[float, int, int]], policy: SchedulerSettings, kv_tokens: int, stages: int, replicas: int
+    requests: list[tuple[float, int, int]],
+    policy: SchedulerSettings,
+    kv_tokens: int,
+    stages: int,
+    replicas: int,
 ) -> None:
     times, prompts, outputs = zip(*sorted(requests), strict=True)
     cost = LinearCost(base_s=1e-3, token_s=1e-5, pair_s=1e-9, context_s=3e-8, stages=stages, handover_s=1e-5)
@@ -201,7 +209,9 @@ def test_fast_forwarded_runs_equal_step_by_step_runs(
 def test_a_long_run_doesnt_drift_apart() -> None:
     n = 3000
     rng = np.random.default_rng(7)
-    work = workload(poisson(6.0, n, 8).tolist(), rng.integers(1, 1500, n).tolist(), rng.integers(1, 400, n).tolist())
+    work = workload(
+        poisson(6.0, n, 8).tolist(), rng.integers(1, 1500, n).tolist(), rng.integers(1, 400, n).tolist()
+    )
     setup = Setup(COST, 200_000, SchedulerSettings(priority="lars", chunking="adaptive"))
     fast, slow = simulate(work, setup), simulate(work, setup, step_by_step=True)
     same_records(fast, slow)
