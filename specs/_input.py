@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import reprlib
@@ -11,14 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from specs.errors import InputError
+from specs.errors import did_you_mean as did_you_mean
 
 _MAX_FILE_BYTES = 1 << 20  # a config.json is about 1 kB; anything near this is not one
-
-
-def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the choice nearest to `name`, or an empty string."""
-    matches = difflib.get_close_matches(name.lower(), list(choices), n=1, cutoff=0.5)
-    return f"; did you mean '{matches[0]}'?" if matches else ""
 
 
 def is_kind(path: Path, kind: Literal["file", "folder"]) -> bool:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from specs._input import did_you_mean
 from specs.devices import DeviceSpec
-from specs.errors import InputError
+from specs.errors import InputError, did_you_mean
 from specs.models import ModelSpec
 
 Pipeline = Literal["stream", "microbatch"]

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from specs._input import did_you_mean
-from specs.errors import InputError
+from specs.errors import InputError, did_you_mean
 from traces.workload import MAX_TOKENS
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from specs._input import did_you_mean
-from specs.errors import InputError
+from specs.errors import InputError, did_you_mean
 from traces import _csv_formats, _json_formats
 from traces._files import first_character, line_blocks
 from traces.workload import Workload

@@ -78,6 +78,8 @@ def sample_requests(
       with probabilities proportional to ``weights`` if given;
     - ``mixture``: ``components``, a list of the above, each with a ``weight`` and perhaps an ``slo_class``.
 
+    The first requests are the same whatever `n` is: whatever is drawn has a stream of its own.
+
     Raises:
         InputError: a key is unknown or missing or a value impossible; `where` begins its dotted path.
     """
@@ -89,8 +91,8 @@ def sample_requests(
     else:
         _config.refuse_unknown(spec, ("distribution", "prompt_tokens", "output_tokens"), where)
         prompt, output = (
-            _side(kind, _config.get(spec, key, where), n, rng, f"{where}.{key}")
-            for key in ("prompt_tokens", "output_tokens")
+            _side(kind, _config.get(spec, key, where), n, own, f"{where}.{key}")
+            for key, own in zip(("prompt_tokens", "output_tokens"), rng.spawn(2), strict=True)
         )
     return LengthSample(prompt, output, None, ("default",))
 
@@ -133,18 +135,25 @@ def _lognormal(value: Any, n: int, rng: np.random.Generator, where: str) -> Int3
             f"{where}: hardly any value of this lognormal lies within {low} to {high}; "
             "move median, or widen min and max"
         )
-    return _draw_until(n, lambda count: np.rint(np.exp(rng.normal(mean, sigma, count))), low, high)
+    return _draw_until(n, rng, lambda own, count: np.rint(np.exp(own.normal(mean, sigma, count))), low, high)
 
 
 def _normal_cdf(z: float) -> float:
     return 0.5 * math.erfc(-z / math.sqrt(2.0))
 
 
-def _draw_until(n: int, draw: Callable[[int], NDArray[np.float64]], low: int, high: int) -> Int32s:
-    """Draw `n` values, drawing those outside low … high again."""
-    values = draw(n)
+def _draw_until(
+    n: int,
+    rng: np.random.Generator,
+    draw: Callable[[np.random.Generator, int], NDArray[np.float64]],
+    low: int,
+    high: int,
+) -> Int32s:
+    """Draw `n` values, drawing those outside low … high again, each round from a stream of its own."""
+    values = draw(rng, n)
     while len(outside := np.flatnonzero((values < low) | (values > high))):
-        values[outside] = draw(len(outside))
+        rng = rng.spawn(1)[0]
+        values[outside] = draw(rng, len(outside))
     return values.astype(np.int32)
 
 
@@ -177,13 +186,13 @@ def _zipf(value: Any, n: int, rng: np.random.Generator, where: str) -> Int32s:
 
     start, end = integral(np.array([low + 0.5, high + 0.5])) - np.array([1.0, 0.0])
 
-    def draw(count: int) -> NDArray[np.float64]:
-        area = rng.uniform(start, end, count)
+    def draw(own: np.random.Generator, count: int) -> NDArray[np.float64]:
+        area = own.uniform(start, end, count)
         values = np.clip(np.rint(inverse(area)), low, high)
         accepted = area >= integral(values + 0.5) - (values / low) ** -exponent
         return np.where(accepted, values, 0.0)  # 0 is outside, so it is drawn again
 
-    return _draw_until(n, draw, low, high)
+    return _draw_until(n, rng, draw, low, high)
 
 
 _SIDES: dict[str, Callable[[Any, int, np.random.Generator, str], Int32s]] = {
@@ -239,11 +248,12 @@ def _mixture(spec: Mapping[str, Any], n: int, rng: np.random.Generator, where: s
 
     component = rng.choice(len(parts), n, p=probability)
     prompt, output = np.empty(n, dtype=np.int32), np.empty(n, dtype=np.int32)
+    own = rng.spawn(len(parts))
     for index, (part, place) in enumerate(zip(parts, places, strict=True)):
         if part.get("distribution") == "mixture":
             raise InputError(f"{place}.distribution: a mixture can't hold another mixture")
         members = np.flatnonzero(component == index)
-        prompt[members], output[members] = sample_lengths(part, len(members), rng, where=place)
+        prompt[members], output[members] = sample_lengths(part, len(members), own[index], where=place)
     codes = np.array([names.index(label) for label in labels], dtype=np.uint8)[component]
     return LengthSample(prompt, output, codes if names != ("default",) else None, names)
 
