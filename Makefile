@@ -32,7 +32,7 @@ bench: .venv/installed-for-tests
 	touch $@
 
 .venv/installed-for-tests: .venv/installed
-	$(INSTALL) --editable '.[test,nvidia-data]'
+	$(INSTALL) --editable '.[test,runtime,nvidia-data]'
 	touch $@
 
 clean:

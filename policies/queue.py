@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from policies.priorities import LinearPriority, Priority
 from policies.request import Request
 
-
 Rank = tuple[float, float, int]
 """A total order: key, arrival in seconds, id."""
 

@@ -100,6 +100,7 @@ class Request:
 
     def __repr__(self) -> str:
         return (
-            f"Request(id={self.id}, arrival_s={self.arrival_s:.6g}, prefill="
-            f"{self.scheduled_tokens}/{self.prefill_tokens}, output={self.generated_tokens}/{self.output_tokens})"
+            f"Request(id={self.id}, arrival_s={self.arrival_s:.6g}, "
+            f"prefill={self.scheduled_tokens}/{self.prefill_tokens}, "
+            f"output={self.generated_tokens}/{self.output_tokens})"
         )

@@ -12,8 +12,8 @@ from policies.request import Request
 from policies.routers import make_router
 from policies.scheduler import Scheduler, SchedulerSettings
 from policies.slo import Slo
-from sim.cost import IterationCost
 from sim.arrivals import ClosedLoopClients, OpenLoop
+from sim.cost import IterationCost
 from sim.replica import Replica
 from traces.records import Recorder, RunRecords
 from traces.synthesis import ClosedLoop, stream

@@ -7,6 +7,7 @@ Definitions (DESIGN.md section 8): TTFT is arrival to first token, E2E arrival t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -106,7 +107,7 @@ def describe_gaps(gaps: FloatArray) -> dict[str, float]:
     total = float((steps * weight).sum())
     mean = float((weight * steps * (first + last) / 2).sum()) / total
     floor = -40.0  # e^-40 s: far below anything that takes time
-    counts = np.zeros(1)
+    counts: FloatArray = np.zeros(1)
     for part in _parts(steps):
         lengths = steps[part].astype(np.int64)
         starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
@@ -114,7 +115,7 @@ def describe_gaps(gaps: FloatArray) -> dict[str, float]:
         values = np.repeat(first[part], lengths) + k * np.repeat(growth[part], lengths)
         logs = np.log(np.maximum(values, np.exp(floor)))
         bins = ((logs - floor) * _BINS_PER_UNIT_LOG).astype(np.int64)
-        found = np.bincount(bins, weights=np.repeat(weight[part], lengths))
+        found: FloatArray = np.bincount(bins, weights=np.repeat(weight[part], lengths)).astype(np.float64)
         longer, shorter = (found, counts) if len(found) > len(counts) else (counts, found)
         longer[: len(shorter)] += shorter
         counts = longer
@@ -131,7 +132,7 @@ def _parts(steps: FloatArray) -> list[slice]:
     ends = np.cumsum(steps)
     cuts = np.searchsorted(ends, np.arange(_GAPS_AT_ONCE, ends[-1], _GAPS_AT_ONCE))
     borders = np.unique(np.concatenate([[0], cuts + 1, [len(steps)]]))
-    return [slice(int(a), int(b)) for a, b in zip(borders[:-1], borders[1:], strict=True)]
+    return [slice(a, b) for a, b in pairwise(borders.tolist())]
 
 
 def kv_utilization(records: RunRecords) -> float | None:

@@ -182,7 +182,8 @@ class Recorder:
         seen = _view(self._seen).astype(bool)
         ids = np.flatnonzero(seen)
         requests: dict[str, NDArray[Any]] = {"request_id": ids}
-        for name, column in {**self._times, **self._counts}.items():
+        columns: dict[str, array[Any]] = {**self._times, **self._counts}
+        for name, column in columns.items():
             requests[name] = _view(column)[ids]
         rows = _view(self._batches).reshape(-1, len(BATCH_COLUMNS))
         batches = {
