@@ -15,6 +15,18 @@ from profiler.trained_kernels import TrainedKernels
 from specs.devices import DeviceSpec
 from specs.errors import InputError
 
+__all__ = [
+    "Estimate",
+    "Kernels",
+    "RooflineKernels",
+    "Source",
+    "TrainedKernels",
+    "find_profile",
+    "list_profiles",
+    "load_kernels",
+    "profile_info",
+]
+
 Source = Literal["auto", "measured", "imported", "roofline"]
 
 

@@ -3,12 +3,11 @@
 An estimator in scikit-learn's manner: what is chosen goes into the constructor, what is learned ends
 in an underscore. Prediction needs numpy only; `fit` needs scipy.
 
-    time = max(floor, physics(shape; fitted parameters) · exp(share · residual(features)))
+    time = max(floor, physics(shape; fitted parameters) · exp(residual(features)))
 
 The residual is a Gaussian process on log2 features with a few hundred inducing points (subset of
-regressors; Quiñonero-Candela and Rasmussen, JMLR 2005). It is zero far from every measured point, and
-features beyond the measured box are moved to its edge, so that extrapolation is the physics, at most
-times a constant.
+regressors; Quiñonero-Candela and Rasmussen, JMLR 2005). Beyond what was measured it keeps its value at
+the edge and fades with distance, so that far away the physics is left.
 """
 
 from __future__ import annotations
@@ -25,6 +24,8 @@ from profiler.roofline import Physics, Shape
 MAX_RESIDUAL = 1.5  # |log(measured / physics)| beyond this is taken for an outlier when fitting
 PHYSICS_ROWS = 4000  # rows that the handful of physical parameters are fitted on
 SELECTION_ROWS = 8000  # rows that hyper-parameters are chosen on
+SLACK_OCTAVES = 1e-6  # against rounding of log2
+FADE_OCTAVES = 3.0  # distance beyond the measured region at which the residual has faded to 0.6
 LENGTH_SCALES = (1.5, 2.5, 4.0)  # octaves
 NOISES = (0.3, 3.0)
 
@@ -49,10 +50,11 @@ class LearnedState:
     weights: Float32Array  # [p]
     low: FloatArray  # [f] measured box of the features
     high: FloatArray  # [f]
-    cells: NDArray[np.int64]  # occupied octave cells of the coverage axes, encoded, sorted
+    families: NDArray[np.int64]  # [c] octaves of the family axes that were measured, encoded, sorted
+    reach: FloatArray  # [c, 2] least and most growth measured in each
     length_scale: float
     noise: float
-    has_prefix: bool
+    has_prefix: bool  # the table has chunks over cached tokens
 
 
 class OperatorModel:
@@ -102,13 +104,15 @@ class OperatorModel:
         length_scale, noise = self._choose(features, residual, groups, rng)
         inducing, weights = _fit_residual(features, residual, length_scale, noise, self.inducing, rng)
         low, high = features.min(axis=0), features.max(axis=0)
+        families, reach = self._reach(features)
         self.state_ = LearnedState(
             parameters=parameters,
             inducing=inducing.astype(np.float32),
             weights=weights.astype(np.float32),
             low=low,
             high=high,
-            cells=np.unique(self._cells(features)),
+            families=families,
+            reach=reach,
             length_scale=length_scale,
             noise=noise,
             has_prefix=bool(np.any(shape["context"] > 0)) if "context" in shape else False,
@@ -118,16 +122,24 @@ class OperatorModel:
     def predict(self, shape: Shape, *, cold: bool = True) -> Prediction:
         """Times of any shapes. `cold=False` predicts what a cache-warm benchmark would measure."""
         state = self.state_
-        features = self.physics.features(shape)
-        physics_s = self.physics.time_s(shape, state.parameters, cold=cold)
-        inside = np.clip(features, state.low, state.high)
+        known, unseen_s = shape, np.zeros(1)
+        if "context" in shape and not state.has_prefix:
+            # What was learned holds for the chunk by itself; its prefix comes on top.
+            known = {**shape, "context": np.zeros_like(shape["context"])}
+            unseen_s = np.asarray(self.physics.unseen_s(shape, state.parameters))
+        physics_s = self.physics.time_s(known, state.parameters, cold=cold)
+        time_s = physics_s * np.exp(self._residual(self.physics.features(known))) + unseen_s
+        floor_s = self.physics.floor_s(shape)
+        return Prediction(np.maximum(time_s, floor_s), floor_s, self.is_extrapolated(shape))
+
+    def _residual(self, features: FloatArray) -> FloatArray:
+        state = self.state_
+        inside, _ = self._moved_inside(features)
         scaled = (inside / state.length_scale).astype(np.float32)
         residual = (_kernel(scaled, state.inducing) @ state.weights).astype(np.float64)
-        if not state.has_prefix:
-            residual = residual * self.physics.residual_share(shape, state.parameters)
-        floor_s = self.physics.floor_s(shape)
-        time_s = physics_s * np.exp(np.clip(residual, -MAX_RESIDUAL, MAX_RESIDUAL))
-        return Prediction(np.maximum(time_s, floor_s), floor_s, self._outside(features))
+        outside = np.sum((features - inside) ** 2, axis=1)
+        residual *= np.exp(-0.5 * outside / FADE_OCTAVES**2)
+        return np.clip(residual, -MAX_RESIDUAL, MAX_RESIDUAL)
 
     def physics_only(self, shape: Shape, *, cold: bool = True) -> FloatArray:
         """The fitted formula without the residual, for comparison."""
@@ -135,23 +147,37 @@ class OperatorModel:
         return np.maximum(time_s, self.physics.floor_s(shape))
 
     def is_extrapolated(self, shape: Shape) -> BoolArray:
-        """Which shapes lie outside the measured region, by the features of `coverage_axes`."""
-        return self._outside(self.physics.features(shape))
+        """Which shapes lie outside the measured region: an unknown family, or beyond its reach."""
+        features = self.physics.features(shape)
+        inside, known = self._moved_inside(features)
+        axes = [self.physics.growth_axis, *self.physics.family_axes]
+        moved = np.abs(features[:, axes] - inside[:, axes]) > SLACK_OCTAVES
+        return np.asarray(~known | np.any(moved, axis=1), dtype=np.bool_)
 
-    def _outside(self, features: FloatArray) -> BoolArray:
-        axes = list(self.physics.coverage_axes)
-        slack = 1e-6
-        low, high = self.state_.low[axes] - slack, self.state_.high[axes] + slack
-        inside_box = np.all((features[:, axes] >= low) & (features[:, axes] <= high), axis=1)
-        cells = self._cells(features)
-        position = np.minimum(np.searchsorted(self.state_.cells, cells), len(self.state_.cells) - 1)
-        return np.asarray(~inside_box | (self.state_.cells[position] != cells), dtype=np.bool_)
+    def _moved_inside(self, features: FloatArray) -> tuple[FloatArray, BoolArray]:
+        """The nearest point of the measured box and reach; and whether the family was measured."""
+        state, growth = self.state_, self.physics.growth_axis
+        inside = np.clip(features, state.low, state.high)
+        families = self._family(inside)
+        position = np.minimum(np.searchsorted(state.families, families), len(state.families) - 1)
+        known = state.families[position] == families
+        reach = np.where(known[:, None], state.reach[position], (state.low[growth], state.high[growth]))
+        inside[:, growth] = np.clip(inside[:, growth], reach[:, 0], reach[:, 1])
+        return inside, np.asarray(known, dtype=np.bool_)
 
-    def _cells(self, features: FloatArray) -> NDArray[np.int64]:
-        """One integer for the octave cell of each row on the coverage axes."""
+    def _reach(self, features: FloatArray) -> tuple[NDArray[np.int64], FloatArray]:
+        families, index = np.unique(self._family(features), return_inverse=True)
+        growth = features[:, self.physics.growth_axis]
+        reach = np.stack([np.full(len(families), np.inf), np.full(len(families), -np.inf)], axis=1)
+        np.minimum.at(reach[:, 0], index, growth)
+        np.maximum.at(reach[:, 1], index, growth)
+        return families, reach
+
+    def _family(self, features: FloatArray) -> NDArray[np.int64]:
+        """One integer for the octaves of each row on the family axes."""
         code = np.zeros(len(features), dtype=np.int64)
-        for axis in self.physics.coverage_axes:
-            octave = np.clip(np.floor(features[:, axis] + 1e-6), -20, 43).astype(np.int64) + 20
+        for axis in self.physics.family_axes:
+            octave = np.clip(np.floor(features[:, axis] + SLACK_OCTAVES), -20, 43).astype(np.int64) + 20
             code = code * 64 + octave
         return code
 
@@ -166,8 +192,7 @@ class OperatorModel:
         names = list(self.physics.parameters)
         ranges = [self.physics.parameters[name] for name in names]
         low, high, start = (
-            np.log(values)
-            for values in zip(*((r.low, r.high, r.default) for r in ranges), strict=True)
+            np.log(values) for values in zip(*((r.low, r.high, r.default) for r in ranges), strict=True)
         )
 
         def error(x: FloatArray) -> FloatArray:

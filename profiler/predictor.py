@@ -24,7 +24,14 @@ FORMAT = 1
 FILE = "predictor.npz"
 MAX_BYTES = 16 << 20  # unpacked; a shipped one is under 100 kB
 _QUANTILES = ("p05", "p50", "p95")
-_ARRAYS: dict[str, type[np.generic]] = {"inducing": np.float32, "weights": np.float32, "low": np.float64, "high": np.float64, "cells": np.int64}
+_ARRAYS: dict[str, type[np.generic]] = {
+    "inducing": np.float32,
+    "weights": np.float32,
+    "low": np.float64,
+    "high": np.float64,
+    "families": np.int64,
+    "reach": np.float64,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +56,9 @@ def make_physics(device: DeviceSpec, operator: str, dtype: str) -> Physics:
         return AllReduce(device)
     if operator == "gemm":
         return Gemm(device, dtype)
-    return PrefillAttention(device, dtype) if operator == "prefill_attention" else DecodeAttention(device, dtype)
+    return (
+        PrefillAttention(device, dtype) if operator == "prefill_attention" else DecodeAttention(device, dtype)
+    )
 
 
 def save_predictor(path: Path, profile: Profile, device: DeviceSpec, predictor: Predictor) -> None:
@@ -92,7 +101,9 @@ def load_predictor(profile: Profile, device: DeviceSpec, path: Path | None = Non
     arrays = _read_arrays(path)
     fields = Fields(_read_header(path, arrays), f"{path}: header")
     if (version := fields.integer("format")) != FORMAT:
-        raise InputError(f"{path}: predictor format {version}, this version of Convoy reads {FORMAT}; {again}")
+        raise InputError(
+            f"{path}: predictor format {version}; this version of Convoy reads {FORMAT}; {again}"
+        )
     if (name := fields.text("device")) != device.name or profile.device != device.name:
         raise InputError(f"{path}: trained for device {name!r}, not for {device.name!r}")
     if fields.text("device_figures") != device_figures(device):
@@ -168,8 +179,9 @@ def _state(
         or parts["high"].shape != (width,)
         or parts["weights"].ndim != 1
         or parts["inducing"].shape != (len(parts["weights"]), width)
-        or parts["cells"].ndim != 1
-        or len(parts["cells"]) == 0
+        or parts["families"].ndim != 1
+        or len(parts["families"]) == 0
+        or parts["reach"].shape != (len(parts["families"]), 2)
     ):
         raise InputError(f"{path}: arrays of '{key}' don't fit together")
     return LearnedState(

@@ -25,7 +25,7 @@ Parameters = Mapping[str, float]
 
 ACTIVATION_BYTES = 2  # activations stay bf16 in and out of attention, whatever the KV dtype
 
-# A query tile is 128 rows in FlashAttention 2 and 3 at head_dim 128 (Dao et al., arXiv 2307.08691, 2407.08608).
+# Rows of a query tile in FlashAttention 2 and 3 at head_dim 128 (arXiv 2307.08691, 2407.08608).
 QUERY_TILE_ROWS = 128
 # Output tiles of a GEMM library, rows × columns; a library picks the best for a shape, so do we.
 GEMM_TILES = ((64, 64), (128, 64), (128, 128), (256, 128))
@@ -61,6 +61,22 @@ def soft_max(a: FloatArray, b: FloatArray, power: float) -> FloatArray:
     return np.asarray(larger * (1.0 + ratio**power) ** (1.0 / power))
 
 
+def turns_per_tile(tiles: FloatArray, sms: float) -> FloatArray:
+    """Tile times that the busiest SM spends on `tiles` tiles that may be split along the keys.
+
+    The number of splits is that of flash-attention's `num_splits_heuristic`: with two blocks to an SM,
+    none from 80 % of the slots upwards, else the fewest that use 85 % of what the best number uses.
+    """
+    counts, index = np.unique(tiles, return_inverse=True)
+    splits = np.arange(1.0, 129.0)
+    rounds = counts[:, None] * splits / (2.0 * sms)
+    use = rounds / np.ceil(rounds)
+    enough = np.argmax(use >= 0.85 * use.max(axis=1, keepdims=True), axis=1)
+    chosen = np.where(counts >= 0.8 * 2.0 * sms, 1.0, splits[enough])
+    turns = np.ceil(counts * chosen / sms) / chosen
+    return np.asarray(turns[index.ravel()].reshape(tiles.shape))
+
+
 def _log2_columns(*columns: FloatArray) -> FloatArray:
     # An empty size (no cached token, no byte) counts as a thousandth of one.
     return np.log2(np.maximum(np.stack(columns, axis=1), 1e-3))
@@ -71,7 +87,8 @@ class Physics(ABC):
 
     operator: str
     columns: tuple[str, ...]
-    coverage_axes: tuple[int, ...]  # the features that say whether a shape is inside the measured region
+    growth_axis: int  # the feature that grows during serving
+    family_axes: tuple[int, ...]  # shapes alike (to an octave) in these were measured up to some growth
     parameters: dict[str, Parameter]
 
     @abstractmethod
@@ -90,9 +107,9 @@ class Physics(ABC):
     def floor_s(self, shape: Shape) -> FloatArray:
         """Seconds below which no kernel can go."""
 
-    def residual_share(self, shape: Shape, p: Parameters) -> FloatArray | float:
-        """Share of the time that a residual learned without a prefix speaks for."""
-        return 1.0
+    def unseen_s(self, shape: Shape, p: Parameters) -> FloatArray | float:
+        """Seconds of `time_s` that a table without prefixes says nothing about."""
+        return 0.0
 
     def defaults(self) -> dict[str, float]:
         """The parameters of the pure roofline."""
@@ -123,11 +140,12 @@ class Gemm(_OnDevice):
     the best over output tiles and split-K factors of
     waves · (fill + k/split · time of one k step of the tile): waves = ⌈tiles · split ÷ SMs⌉, partly
     rounded (`wave_rounding`), and a k step takes at least the pipeline's latency `k_latency_s`.
+    With fp8 weights a first kernel scales and converts the bf16 activations, row by row.
     """
 
     operator = "gemm"
     columns = ("m", "n", "k")
-    coverage_axes = (0, 1, 2)
+    growth_axis, family_axes = 0, (1, 2)
 
     def __init__(self, device: DeviceSpec, dtype: str) -> None:
         super().__init__(device, dtype)
@@ -142,6 +160,8 @@ class Gemm(_OnDevice):
             "wave_rounding": Parameter(0.7, 0.001, 1.0),
             "overlap_power": Parameter(4.0, 1.0, 12.0),
         }
+        if dtype == "fp8":
+            self.parameters["quantize_row_s"] = Parameter(1e-9, 1e-10, 1e-7)
 
     def flop_and_bytes(self, shape: Shape) -> tuple[FloatArray, FloatArray]:
         m, n, k = shape["m"], shape["n"], shape["k"]
@@ -167,7 +187,11 @@ class Gemm(_OnDevice):
                 cost = waves * (k / split) * step_s + (p["split_s"] if split > 1 else 0.0)
                 np.minimum(best, cost, out=best)
         memory = num_bytes / (self.bandwidth * p["bandwidth_efficiency"])
-        return p["launch_s"] + soft_max(best, memory, p["overlap_power"])
+        time_s = p["launch_s"] + soft_max(best, memory, p["overlap_power"])
+        if self.dtype == "fp8":
+            quantize = m * k * (ACTIVATION_BYTES + 1) / (self.bandwidth * p["bandwidth_efficiency"])
+            time_s = time_s + np.maximum(m * p["quantize_row_s"], quantize)
+        return time_s
 
     def features(self, shape: Shape) -> FloatArray:
         return _log2_columns(shape["m"], shape["n"], shape["k"])
@@ -181,16 +205,15 @@ class PrefillAttention(_OnDevice):
 
     - The chunk's own triangle: the larger of its work spread over all SMs and its longest tile. How
       far a kernel splits that tile over idle SMs is fitted (`own_split`).
-    - The prefix: every tile reads all of it. Fewer tiles than SMs are split along the keys, more run
-      in waves, by the rule of FlashAttention 3's variable-length scheduler
-      (hopper/flash_prepare_scheduler.cu). Published tables have no prefix, so for them this rule,
-      and a rate of `stream_efficiency` for its bytes, is an assumption and not a measurement.
+    - The prefix: every tile reads all of it; few tiles are split along the keys, many run in waves
+      (`turns_per_tile`). Published tables have no prefix, so for them this split, and a rate of
+      `stream_efficiency` for the prefix's bytes, is an assumption and not a measurement.
     - Queries, outputs and the new KV cross memory at `io_efficiency`.
     """
 
     operator = "prefill_attention"
     columns = ("batch", "chunk", "context", "heads", "kv_heads", "head_dim")
-    coverage_axes = (0, 1, 4)
+    growth_axis, family_axes = 1, (0, 4)
 
     def __init__(self, device: DeviceSpec, dtype: str) -> None:
         super().__init__(device, dtype)
@@ -198,6 +221,7 @@ class PrefillAttention(_OnDevice):
         self.parameters = {
             "launch_s": Parameter(device.kernel_launch_s, 5e-7, 4e-5),
             "flop_efficiency": Parameter(0.65, 0.1, 1.0),
+            "softmax_s": Parameter(1e-11, 1e-12, 1e-9),
             "io_efficiency": Parameter(STREAM_EFFICIENCY, 0.1, 1.2),
             "tile_s": Parameter(1e-6, 1e-8, 2e-5),
             "block_keys": Parameter(128.0, 8.0, 512.0),
@@ -205,7 +229,6 @@ class PrefillAttention(_OnDevice):
             "overlap_power": Parameter(4.0, 1.0, 12.0),
             "stream_efficiency": Parameter(STREAM_EFFICIENCY, 0.3, 1.0),
             "stream_overlap_power": Parameter(4.0, 1.0, 12.0),
-            "wave_rounding": Parameter(1.0, 0.001, 1.0),
         }
 
     def _cached_and_io_bytes(self, shape: Shape) -> tuple[FloatArray, FloatArray]:
@@ -230,25 +253,22 @@ class PrefillAttention(_OnDevice):
         prefix, own = self._prefix_and_own_s(shape, p)
         return prefix + own
 
-    def residual_share(self, shape: Shape, p: Parameters) -> FloatArray | float:
+    def unseen_s(self, shape: Shape, p: Parameters) -> FloatArray | float:
         # How a causal triangle fills the SMs says nothing about a prefix, which every tile reads whole.
-        prefix, own = self._prefix_and_own_s(shape, p)
-        return own / (prefix + own)
+        return self._prefix_and_own_s(shape, p)[0]
 
     def _prefix_and_own_s(self, shape: Shape, p: Parameters) -> tuple[FloatArray, FloatArray]:
         chunk, context, tiles = shape["chunk"], shape["context"], self.tiles(shape)
-        key_s = 4.0 * QUERY_TILE_ROWS * shape["head_dim"] * self.sms / (self.peak * p["flop_efficiency"])
+        # One key for the 128 rows of a tile: two products along head_dim, and one exponential a row.
+        products_s = 4.0 * shape["head_dim"] * self.sms / (self.peak * p["flop_efficiency"])
+        key_s = QUERY_TILE_ROWS * (products_s + p["softmax_s"])
 
         work = tiles * (p["tile_s"] + (chunk / 2.0 + p["block_keys"]) * key_s) / self.sms
         idle = np.maximum(self.sms / tiles, 1.0)
         longest = p["tile_s"] + (chunk + p["block_keys"]) * key_s / idle ** p["own_split"]
         own = soft_max(work, longest, p["overlap_power"])
 
-        splits = np.ceil(self.sms / (1.1 * tiles))
-        waves = tiles * splits / self.sms
-        waves = np.maximum(waves + p["wave_rounding"] * (np.ceil(waves) - waves), 1.0)
-        prefix = waves / splits * context * key_s
-
+        prefix = turns_per_tile(tiles, self.sms) * context * key_s
         cached_bytes, io_bytes = self._cached_and_io_bytes(shape)
         stream = cached_bytes / (self.bandwidth * p["stream_efficiency"])
         prefix = soft_max(prefix, stream, p["stream_overlap_power"])
@@ -274,7 +294,7 @@ class DecodeAttention(_OnDevice):
 
     operator = "decode_attention"
     columns = ("batch", "total_context", "heads", "kv_heads", "head_dim")
-    coverage_axes = (0, 1, 4)
+    growth_axis, family_axes = 1, (0, 4)
 
     def __init__(self, device: DeviceSpec, dtype: str) -> None:
         super().__init__(device, dtype)
@@ -313,7 +333,7 @@ class DecodeAttention(_OnDevice):
         tiles = shape["batch"] * shape["kv_heads"]
         keys = shape["total_context"] / shape["batch"]
         group = shape["heads"] / shape["kv_heads"]
-        return _log2_columns(tiles, keys, group, shape["batch"], shape["head_dim"])
+        return _log2_columns(tiles, keys, shape["kv_heads"], group, shape["head_dim"])
 
 
 class AllReduce(Physics):
@@ -325,7 +345,7 @@ class AllReduce(Physics):
 
     operator = "all_reduce"
     columns = ("num_bytes", "ranks")
-    coverage_axes = (0, 1)
+    growth_axis, family_axes = 0, (1,)
 
     def __init__(self, device: DeviceSpec) -> None:
         self.device = device

@@ -175,10 +175,14 @@ def read_table(profile: Profile, info: TableInfo) -> Table:
     required = [*COLUMNS[info.operator], "time_s"]
     for column in required:
         if column not in header:
-            raise InputError(f"{path}: no column {column!r}{did_you_mean(column, header)}; expected {','.join(required)}")
+            raise InputError(
+                f"{path}: no column {column!r}{did_you_mean(column, header)}; expected {','.join(required)}"
+            )
     for column in header:
         if column not in (*required, *_OPTIONAL):
-            raise InputError(f"{path}: unknown column {column!r}{did_you_mean(column, [*required, *_OPTIONAL])}")
+            raise InputError(
+                f"{path}: unknown column {column!r}{did_you_mean(column, [*required, *_OPTIONAL])}"
+            )
     rows = _numbers(path, lines[1:], header)
     if len(rows) != info.rows:
         raise InputError(f"{path}: {len(rows)} rows, but profile.yaml says {info.rows}")
@@ -187,9 +191,8 @@ def read_table(profile: Profile, info: TableInfo) -> Table:
         least = 0.0 if column == "context_tokens" else np.finfo(np.float64).tiny
         bad = np.flatnonzero(~(np.isfinite(columns[column]) & (columns[column] >= least)))
         if len(bad):
-            raise InputError(
-                f"{path}: row {bad[0] + 2}: {column} is {columns[column][bad[0]]:g}; it must be a positive number"
-            )
+            value = columns[column][bad[0]]
+            raise InputError(f"{path}: row {bad[0] + 2}: {column} is {value:g}; it must be a positive number")
     shape = {name: columns[column] for column, name in COLUMNS[info.operator].items()}
     return Table(shape, columns["time_s"])
 
@@ -211,12 +214,14 @@ def check_hash(path: Path, sha256: str) -> None:
     """Raise `InputError` unless the file at `path` has this SHA-256."""
     try:
         if path.stat().st_size > MAX_TABLE_BYTES:
-            raise InputError(f"{path}: larger than {MAX_TABLE_BYTES >> 20} MiB, so it is not a table of kernel times")
+            raise InputError(f"{path}: larger than {MAX_TABLE_BYTES >> 20} MiB, so it is not a table")
         actual = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     if actual != sha256:
-        raise InputError(f"{path}: changed since its profile was written (SHA-256 {actual[:12]}…, not {sha256[:12]}…)")
+        raise InputError(
+            f"{path}: changed since its profile was written (SHA-256 {actual[:12]}…, not {sha256[:12]}…)"
+        )
 
 
 def _gunzip(path: Path) -> bytes:
@@ -256,7 +261,9 @@ def _bad_row(lines: list[str], columns: int) -> int:
 def _table_info(name: str, tables: dict[str, Any], where: str) -> TableInfo:
     operator, _, dtype = name.rpartition("_")
     if operator not in COLUMNS:
-        raise InputError(f"{where}: unknown table '{name}'; a name is <operator>_<dtype> with {', '.join(COLUMNS)}")
+        raise InputError(
+            f"{where}: unknown table '{name}'; a name is <operator>_<dtype> with {', '.join(COLUMNS)}"
+        )
     fields = Fields(Fields(tables, where).mapping(name), f"{where}: {name}")
     fields.refuse_unknown(["rows", "sha256", "kernel_source", "origin", "warm", "dropped"])
     dropped = Fields(fields.mapping("dropped"), f"{where}: {name}: dropped")
@@ -270,4 +277,3 @@ def _table_info(name: str, tables: dict[str, Any], where: str) -> TableInfo:
         warm=fields.boolean("warm"),
         dropped={reason: dropped.integer(reason, at_least=0) for reason in fields.mapping("dropped")},
     )
-

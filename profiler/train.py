@@ -47,6 +47,9 @@ class Errors:
     median: float
     p90: float
 
+    def __str__(self) -> str:
+        return f"{100 * self.median:.1f} / {100 * self.p90:.1f} %"
+
     @classmethod
     def of(cls, predicted_s: FloatArray, measured_s: FloatArray) -> Errors:
         error = np.abs(predicted_s / measured_s - 1.0)
@@ -78,42 +81,41 @@ class TrainReport:
     folds: int
     operators: tuple[OperatorReport, ...]
     predictor_path: Path
+    saved: bool
     dropped: dict[str, int]  # rows that the importer left out, by reason
 
     def table(self) -> str:
-        """The held-out errors as text, one line an operator."""
-        head = f"{'operator':<18} {'dtype':<5} {'rows':>6}  {'held out':>13}  {'physics only':>13}  {'roofline':>13}"
+        """The errors as text, one line an operator, and what was left out."""
+        name = f"{self.device}/{self.profile} ({self.source})"
         lines = [
-            f"{self.device} / {self.profile} ({self.source}); errors are median / p90 of |predicted ÷ measured − 1|",
-            f"held out: {self.folds} folds of whole shapes; extrapolation: trained on sizes ≤ 1/8 of the largest",
+            f"{name}; errors: median / p90 of |predicted ÷ measured − 1|",
+            f"held out: {self.folds} folds of whole shapes; extrapolation: learned on ≤ 1/8 of the size",
             "",
-            f"{head}  extrapolation",
+            _line("operator", "dtype", "rows", "held out", "physics only", "roofline", "extrapolation"),
         ]
         for report in self.operators:
-            far = ", ".join(f"{axis} {_pair(errors)}" for axis, errors in report.extrapolation.items())
-            lines.append(
-                f"{report.operator:<18} {report.dtype:<5} {report.rows:>6}  {_pair(report.held_out):>13}"
-                f"  {_pair(report.physics):>13}  {_pair(report.roofline):>13}  {far}"
-            )
-            if len(report.held_out_by_head_dim) > 1:
-                parts = (f"{dim}: {_pair(errors)}" for dim, errors in report.held_out_by_head_dim.items())
-                lines.append(f"{'':<18} by head_dim   {', '.join(parts)}")
+            far = ", ".join(f"{axis} {errors}" for axis, errors in report.extrapolation.items())
+            errors = (str(report.held_out), str(report.physics), str(report.roofline))
+            lines.append(_line(report.operator, report.dtype, str(report.rows), *errors, far))
+            for dim, part in report.held_out_by_head_dim.items():
+                if len(report.held_out_by_head_dim) > 1:
+                    lines.append(_line("", "", f"d={dim}", str(part), "", "", ""))
         lines.append("")
         for report in self.operators:
-            if report.below_floor == 0:
-                continue
-            lines.append(
-                f"{report.operator} {report.dtype}: {report.below_floor} of {report.rows} rows were measured under the floor "
-                "(inputs in L2); kept in the errors, left out of the fit"
-            )
-        for reason, count in self.dropped.items():
-            lines.append(f"not imported: {count} rows, {reason}")
-        lines.append(f"written: {self.predictor_path}")
+            if report.below_floor:
+                lines.append(
+                    f"{report.operator} {report.dtype}: {report.below_floor} of {report.rows} rows are under "
+                    "the floor (inputs in L2); in the errors, not in the fit"
+                )
+        lines += [f"not imported: {count} rows, {reason}" for reason, count in self.dropped.items()]
+        lines.append(f"predictor: {self.predictor_path}" if self.saved else "predictor: not saved")
         return "\n".join(lines)
 
 
-def _pair(errors: Errors) -> str:
-    return f"{100 * errors.median:.1f} / {100 * errors.p90:.1f} %"
+def _line(*cells: str) -> str:
+    name, *middle, last = cells
+    columns = [f"{cell:>{width}}" for cell, width in zip(middle, (5, 6, 14, 14, 14), strict=True)]
+    return "  ".join([f"{name:<17}", *columns, last]).rstrip()
 
 
 def train(
@@ -146,8 +148,9 @@ def train(
     device = device or get_device(profile.device)
     infos = [info for info in profile.tables if tables is None or info.key in tables]
     if tables is not None and len(infos) != len(tables):
-        known = ", ".join(info.key for info in profile.tables)
-        raise InputError(f"{profile_dir}: has no table {sorted(set(tables) - {i.key for i in infos})}; it has {known}")
+        known = [info.key for info in profile.tables]
+        missing = ", ".join(sorted(set(tables) - set(known)))
+        raise InputError(f"{profile_dir}: has no table {missing}; it has {', '.join(known)}")
     reports, models, residuals = [], {}, {}
     for info in infos:
         table = read_table(profile, info)
@@ -158,13 +161,16 @@ def train(
         reports.append(report)
         models[info.key], residuals[info.key] = model, quantiles
     path = out or profile_dir / FILE
-    if save and tables is None and max_rows is None:
+    save = save and tables is None and max_rows is None
+    if save:
         save_predictor(path, profile, device, Predictor(models, residuals))
     dropped: dict[str, int] = {}
     for info in infos:
         for reason, count in info.dropped.items():
             dropped[f"{info.key}: {reason}"] = count
-    return TrainReport(profile.name, profile.device, profile.source, folds, tuple(reports), path, dropped)
+    return TrainReport(
+        profile.name, profile.device, profile.source, folds, tuple(reports), path, save, dropped
+    )
 
 
 def _train_operator(
@@ -236,7 +242,7 @@ def _size(shape: Shape, columns: tuple[str, ...]) -> FloatArray:
         derived["length"] = shape["chunk"] + shape["context"]
     if "total_context" in shape:
         derived["each"] = shape["total_context"] / shape["batch"]
-    return np.prod([derived[name] for name in columns], axis=0)
+    return np.asarray(np.prod([derived[name] for name in columns], axis=0))
 
 
 def _by_head_dim(table: Table, predicted_s: FloatArray) -> dict[int, Errors]:

@@ -37,6 +37,7 @@ SYSTEMS = {  # our device -> folder of the package
 }
 HEAD_DIMS = (64, 128)
 MAX_FILE_BYTES = 256 << 20
+_INSTALL = "`pip install convoy-sim[nvidia-data]` brings it"
 _DTYPES = {"bf16": "bfloat16", "fp8": "fp8"}
 
 Columns = dict[str, Any]  # numpy arrays by the package's column names
@@ -139,7 +140,7 @@ def data_root() -> tuple[Path, str]:
     except (ImportError, ValueError, importlib.metadata.PackageNotFoundError):
         spec = None
     if spec is None or not spec.submodule_search_locations:
-        raise InputError(f"{PACKAGE} is not installed; `pip install convoy-sim[nvidia-data]` brings it")
+        raise InputError(f"{PACKAGE} is not installed; {_INSTALL}")
     for location in spec.submodule_search_locations:
         root = Path(location) / "systems" / "data"
         if root.is_dir():
@@ -172,9 +173,8 @@ def import_profile(
         InputError: unknown device or version, the package or pyarrow is missing, or a file is unsound.
     """
     if device not in SYSTEMS:
-        raise InputError(
-            f"device: {PACKAGE} has no tables for {device!r}{did_you_mean(device, SYSTEMS)}; it has {', '.join(SYSTEMS)}"
-        )
+        hint = did_you_mean(device, SYSTEMS)
+        raise InputError(f"device: {PACKAGE} has no tables of {device!r}{hint}; it has {', '.join(SYSTEMS)}")
     if root is None:
         root, package_version = data_root()
     system = root / SYSTEMS[device]
@@ -185,7 +185,8 @@ def import_profile(
     for family in _FAMILIES:
         path = system / family.file.format(backend=backend, version=version)
         data = _read_parquet(path, family.columns)
-        origin = f"{path.relative_to(root.parent).as_posix()} (SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()})"
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        origin = f"{path.relative_to(root.parent).as_posix()} (SHA-256 {sha256})"
         for dtype in family.dtypes:
             info = _write_family(folder, family, data, dtype, origin)
             if info is not None:
@@ -211,7 +212,9 @@ def _newest_complete(system: Path, backend: str) -> str:
         found = {path.parent.name for path in system.glob(family.file.format(backend=backend, version="*"))}
         versions = found if versions is None else versions & found
     if not versions:
-        raise InputError(f"{system}: no version of {backend} has all of gemm, attention and all-reduce tables")
+        raise InputError(
+            f"{system}: no version of {backend} has all of gemm, attention and all-reduce tables"
+        )
     return max(versions, key=lambda name: [int(part) for part in name.split(".") if part.isdigit()])
 
 
@@ -219,11 +222,11 @@ def _read_parquet(path: Path, columns: Sequence[str]) -> Columns:
     try:
         import pyarrow.parquet as parquet
     except ImportError:
-        raise InputError("pyarrow is not installed; `pip install convoy-sim[nvidia-data]` brings it") from None
+        raise InputError(f"pyarrow is not installed; {_INSTALL}") from None
     if not path.is_file():
         raise InputError(f"{path}: no such table")
     if path.stat().st_size > MAX_FILE_BYTES:
-        raise InputError(f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB, so it is not a table of kernel times")
+        raise InputError(f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB, so it is not such a table")
     wanted = [*columns, "latency", "kernel_source"]
     try:
         file = parquet.ParquetFile(path)
@@ -245,9 +248,7 @@ def _write_family(folder: Path, family: _Family, data: Columns, dtype: str, orig
     if not keep.any():
         return None
     latency = np.asarray(data["latency"][keep], dtype=np.float64)
-    shape = {
-        name: np.asarray(column, dtype=np.float64)[keep] for name, column in family.shape(data).items()
-    }
+    shape = {name: np.asarray(column, dtype=np.float64)[keep] for name, column in family.shape(data).items()}
     sound = np.isfinite(latency) & (latency > 0)
     shape = {name: column[sound] for name, column in shape.items()}
     table, repeats = _merge_repeats(Table(shape, latency[sound] * 1e-3))
@@ -269,7 +270,8 @@ def _write_family(folder: Path, family: _Family, data: Columns, dtype: str, orig
 def _merge_repeats(table: Table) -> tuple[Table, int]:
     """One row a shape, with the median time of its repeats; and how many rows that saved."""
     names = list(table.shape)
-    shapes, index = np.unique(np.stack([table.shape[name] for name in names], axis=1), axis=0, return_inverse=True)
+    rows = np.stack([table.shape[name] for name in names], axis=1)
+    shapes, index = np.unique(rows, axis=0, return_inverse=True)
     index = index.ravel()
     order = np.argsort(index, kind="stable")
     starts = np.searchsorted(index[order], np.arange(len(shapes) + 1))

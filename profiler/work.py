@@ -1,0 +1,47 @@
+"""Bytes that the operators without a matrix move: one definition for what is measured and what is predicted.
+
+Every value counts once, read or written, as if the kernels of one operator were fused. `element` is the
+size of an activation in bytes.
+"""
+
+from __future__ import annotations
+
+from profiler.estimate import FloatArray
+
+KINDS = ("norm", "rope", "activation", "kv_write", "embedding", "sampling", "kvp_merge")
+LSE_BYTES = 4  # log-sum-exps are fp32
+
+
+def norm_bytes(tokens: FloatArray, hidden: int, element: int) -> FloatArray:
+    """A norm and the addition to the residual: both inputs read, both results written."""
+    return element * tokens * 4 * hidden
+
+
+def rope_bytes(tokens: FloatArray, q_and_k_size: int, element: int) -> FloatArray:
+    """Rotation of queries and keys, read and written; `q_and_k_size` elements of both in a token."""
+    return element * tokens * 2 * q_and_k_size
+
+
+def kv_write_bytes(tokens: FloatArray, kv_size: int, element: int) -> FloatArray:
+    """Keys and values of a token, read and written; `kv_size` elements of each."""
+    return element * tokens * 4 * kv_size
+
+
+def activation_bytes(tokens: FloatArray, inter: int, element: int) -> FloatArray:
+    """SwiGLU: gate and up read, one written."""
+    return element * tokens * 3 * inter
+
+
+def embedding_bytes(tokens: FloatArray, hidden: int, element: int) -> FloatArray:
+    """A row of the embedding a token, read and written."""
+    return element * tokens * 2 * hidden
+
+
+def sampling_bytes(rows: FloatArray, vocab: int, element: int) -> FloatArray:
+    """The largest logit of each row: all of them read."""
+    return element * rows * vocab
+
+
+def kvp_merge_bytes(tokens: FloatArray, shards: FloatArray, heads: int, head_dim: int, element: int) -> FloatArray:
+    """Partial outputs and log-sum-exps of all shards read, one output written."""
+    return tokens * heads * ((shards + 1) * head_dim * element + shards * LSE_BYTES)
