@@ -107,9 +107,7 @@ def _check_depth(text: str, name: str) -> None:
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > _MAX_DEPTH:
-                raise InputError(
-                    f"{name}: line {event.start_mark.line + 1}: nested more than {_MAX_DEPTH} deep"
-                )
+                raise InputError(f"{name}: nested more than {_MAX_DEPTH} deep")
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
 

@@ -1,0 +1,223 @@
+"""From a configuration to everything a simulation needs: the one place where the rooms are put together."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from experiments.config import Config, SloClassConfig, suggestion
+from policies.priorities import find_priority
+from policies.scheduler import SchedulerSettings
+from policies.slo import Slo, TtftTarget
+from profiler.iteration import HostOverhead, IterationModel
+from profiler.kernels import load_kernels
+from sim.cluster import Setup
+from specs import (
+    DeviceSpec,
+    InputError,
+    MemoryFit,
+    ModelSpec,
+    ParallelSpec,
+    fit_memory,
+    get_device,
+    get_model,
+)
+from traces.build import build_workload
+from traces.workload import Workload
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """A configuration made real.
+
+    Attributes:
+        notes: what a reader of the results should know, one line each.
+    """
+
+    config: Config
+    model: ModelSpec
+    device: DeviceSpec
+    parallel: ParallelSpec
+    memory: MemoryFit
+    iteration: IterationModel
+    workload: Workload
+    setup: Setup
+    notes: tuple[str, ...]
+
+    @property
+    def tpot_targets_s(self) -> tuple[float | None, ...]:
+        """TPOT target of each SLO class of the workload, seconds."""
+        return tuple(slo.tpot_s for slo in self.setup.slos)
+
+
+def build(config: Config, where: str) -> Experiment:
+    """Read the model, the device, the profile and the workload, and check that they go together.
+
+    ``where`` begins every message: the configuration's file.
+
+    Raises:
+        InputError: something is missing, doesn't fit or isn't simulated.
+    """
+    with errors_from(where):
+        model, device = get_model(config.model), get_device(config.device)
+        parallel = ParallelSpec(**config.parallel.model_dump())
+        check_supported(parallel)
+        memory = _fit_memory(config, model, device, parallel)
+        settings = _scheduler_settings(config)
+        workload, closed_loop = build_workload(
+            config.workload.lengths,
+            config.workload.arrivals,
+            config.workload.num_requests,
+            config.workload.duration_s,
+            config.seed,
+            Path(),
+        )
+        slos = _slos(config, workload.slo_names)
+        notes = _check_lengths(workload, model, memory)
+        iteration = _iteration_model(config, model, device, parallel, workload)
+        scheduler = config.scheduler
+        setup = Setup(
+            cost=iteration,
+            kv_capacity_tokens=memory.kv_capacity_tokens,
+            scheduler=settings,
+            replicas=parallel.replicas,
+            slos=slos,
+            router=scheduler.router,
+            length_threshold_tokens=scheduler.length_threshold_tokens,
+            long_replicas=scheduler.long_replicas,
+            closed_loop=closed_loop,
+            send_until_s=config.workload.duration_s,
+            seed=config.seed,
+            stop_s=config.stop_s,
+        )
+    return Experiment(config, model, device, parallel, memory, iteration, workload, setup, notes)
+
+
+@contextmanager
+def errors_from(where: str) -> Iterator[None]:
+    """Put the configuration's file before the message of bad input."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def check_supported(parallel: ParallelSpec) -> None:
+    """Refuse what the simulator doesn't do.
+
+    Raises:
+        InputError: naming the key.
+    """
+    if parallel.kvp > 1:
+        raise InputError(
+            f"parallel.kvp: {parallel.kvp} is not simulated; kvp must be 1 (tp and spp may be more)"
+        )
+
+
+def _scheduler_settings(config: Config) -> SchedulerSettings:
+    scheduler = config.scheduler
+    if ":" in scheduler.priority:
+        sys.path.insert(0, str(Path.cwd()))  # where a user's own module is; the command's path leaves it out
+    try:
+        find_priority(scheduler.priority)
+    except InputError as error:
+        raise InputError(f"scheduler.priority: {error}") from None
+    own = {"router", "length_threshold_tokens", "long_replicas", "kv"}
+    return SchedulerSettings(
+        **scheduler.model_dump(exclude=own), **scheduler.kv.model_dump(), pipeline=config.parallel.pipeline
+    )
+
+
+def _fit_memory(config: Config, model: ModelSpec, device: DeviceSpec, parallel: ParallelSpec) -> MemoryFit:
+    return fit_memory(
+        model,
+        device,
+        parallel,
+        weight_dtype=config.dtype.weight,
+        kv_dtype=config.dtype.kv,
+        memory_utilization=config.memory_utilization,
+        max_batch_tokens=_batch_tokens(config),
+        max_batch_requests=config.scheduler.max_batch_requests,
+    )
+
+
+def _batch_tokens(config: Config) -> int:
+    """The most tokens a batch holds: a static chunk is a budget for the decodes as well."""
+    scheduler = config.scheduler
+    if scheduler.chunking == "static":
+        return max(scheduler.chunk_tokens, scheduler.max_batch_requests)
+    return scheduler.max_batch_tokens
+
+
+def _iteration_model(
+    config: Config, model: ModelSpec, device: DeviceSpec, parallel: ParallelSpec, workload: Workload
+) -> IterationModel:
+    kernels = load_kernels(
+        device,
+        config.predictor.source,
+        weight_dtype=config.dtype.weight,
+        kv_dtype=config.dtype.kv,
+        profile=None if config.predictor.profile is None else Path(config.predictor.profile),
+    )
+    scheduler = config.scheduler
+    longest_chunk = max(scheduler.max_chunk_tokens, scheduler.chunk_tokens)
+    if scheduler.chunking == "whole":
+        # Recomputation after a preemption runs over the output too.
+        longest = workload.prompt_tokens.astype(np.int64) + workload.output_tokens
+        longest_chunk = max(longest_chunk, int(longest.max()))
+    host = config.predictor.host
+    return IterationModel(
+        model,
+        kernels,
+        parallel,
+        max_batch_tokens=max(scheduler.max_batch_tokens, longest_chunk),
+        max_batch_requests=scheduler.max_batch_requests,
+        max_chunk_tokens=longest_chunk,
+        host=None if host is None else HostOverhead(host.base_s, host.per_request_s),
+    )
+
+
+def _slos(config: Config, names: tuple[str, ...]) -> tuple[Slo, ...]:
+    for name in config.slo.classes:
+        if name not in names:
+            known = f"{suggestion(name, names)} ({', '.join(names)})"
+            raise InputError(f"slo.classes.{name}: the workload has no such class{known}")
+    return tuple(_slo(config.slo.of_class(name)) for name in names)
+
+
+def _slo(promise: SloClassConfig) -> Slo:
+    return Slo(TtftTarget(promise.ttft.multiplier, promise.ttft.floor_s), promise.tpot_s)
+
+
+def _check_lengths(workload: Workload, model: ModelSpec, memory: MemoryFit) -> tuple[str, ...]:
+    """Notes on requests that are too long for the KV cache or for the model; an error if all are."""
+    longest = workload.prompt_tokens.astype(np.int64) + workload.output_tokens
+    capacity = memory.kv_capacity_tokens
+    over = int(np.count_nonzero(longest - 1 > capacity))
+    of_all = f"of {len(longest):,} requests"
+    if over == len(longest):
+        raise InputError(
+            f"workload.lengths: the KV cache of a replica holds {capacity:,} tokens, and even the shortest "
+            f"request needs {int(longest.min()) - 1:,}; give a replica more GPUs (parallel.tp, parallel.spp) "
+            "or take kv: fp8 in dtype"
+        )
+    notes = []
+    if over:
+        notes.append(
+            f"{over:,} {of_all} are longer than the {capacity:,} tokens that a replica's KV cache holds; "
+            "they are rejected."
+        )
+    beyond = int(np.count_nonzero(longest > model.max_context_tokens))
+    if beyond:
+        notes.append(
+            f"{beyond:,} {of_all} are longer than the {model.max_context_tokens:,} tokens that {model.name} "
+            "was made for; they are timed as if it could."
+        )
+    if workload.prefix is not None:
+        notes.append("Prefixes that requests share are not reused: every prompt is computed in full.")
+    return tuple(notes)

@@ -1,0 +1,262 @@
+"""The command ``convoy``.
+
+Exit status: 0 done, 1 something failed that isn't the user's fault, 2 bad input, 130 stopped by Ctrl-C.
+Everything heavy is imported by the command that needs it: ``convoy --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from specs.errors import InputError
+
+_CONFIG_HELP = """\
+KEY.PATH is dotted, as in scheduler.priority=lars; VALUE is YAML. May be given again and again."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser that complains in one line and takes options by their full names only."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    try:
+        options = _parser().parse_args(arguments)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0
+    run: Callable[[argparse.Namespace], int] = options.run
+    try:
+        status = run(options)
+        sys.stdout.flush()
+        return status
+    except InputError as error:
+        return _complain(str(error), 2)
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`); keep Python from complaining as it shuts down.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if os.environ.get("CONVOY_DEBUG"):
+            raise
+        hint = "set CONVOY_DEBUG=1 to see where"
+        return _complain(f"failed: {type(error).__name__}: {error} ({hint})", 1)
+
+
+def _complain(message: str, status: int) -> int:
+    print(" ".join(f"convoy: {message}".split()), file=sys.stderr)
+    return status
+
+
+# -- the commands -----------------------------------------------------------------------------------------
+
+
+def _run(options: argparse.Namespace) -> int:
+    from experiments.run import RunOptions, run
+
+    return run(
+        RunOptions(
+            config=Path(options.config),
+            overrides=options.set,
+            out=options.out,
+            step_by_step=options.step_by_step,
+            batches=options.batches,
+            plots=not options.no_plots,
+            force=options.force,
+            quiet=options.quiet,
+        )
+    )
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from experiments.predict import PredictOptions, predict
+
+    return predict(
+        PredictOptions(
+            model=options.model,
+            device=options.device,
+            source=options.source,
+            weight_dtype=options.weight_dtype,
+            kv_dtype=options.kv_dtype,
+            tp=options.tp,
+            spp=options.spp,
+            kvp=options.kvp,
+            chunk=options.chunk,
+            decodes=options.decodes,
+            context=options.context,
+            as_json=options.json,
+        )
+    )
+
+
+def _train(options: argparse.Namespace) -> int:
+    from experiments.profiles import train_profile
+
+    return train_profile(Path(options.profile), None if options.out is None else Path(options.out))
+
+
+def _import(options: argparse.Namespace) -> int:
+    from experiments.profiles import import_aiconfigurator
+
+    return import_aiconfigurator(options.device, Path(options.out))
+
+
+def _describe(options: argparse.Namespace) -> int:
+    from experiments.trace_files import describe_file
+
+    return describe_file(Path(options.file), options.format, as_json=options.json)
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from experiments.trace_files import convert_file
+
+    return convert_file(Path(options.file), options.format, Path(options.out), force=options.force)
+
+
+def _list(options: argparse.Namespace) -> int:
+    from experiments.listing import show
+
+    return show(options.what)
+
+
+# -- what they take ---------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="convoy",
+        description="Simulates the serving of large language models with long contexts.",
+        epilog="Exit status: 0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C.",
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and leave")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_run(commands.add_parser("run", help="simulate a configuration"))
+    _add_predict(commands.add_parser("predict", help="predict one iteration, operator by operator"))
+    _add_train(commands.add_parser("train", help="fit predictors to a profile, show held-out errors"))
+    _add_import(commands.add_parser("import", help="turn published kernel times into a profile"))
+    _add_traces(commands.add_parser("traces", help="describe or convert a trace of requests"))
+    listing = commands.add_parser("list", help="list what there is")
+    listing.add_argument("what", choices=("models", "devices", "policies", "profiles"))
+    listing.set_defaults(run=_list)
+    return parser
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from experiments.version import version
+
+        print(f"convoy {version()}")
+        parser.exit(0)
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Simulates a configuration and writes config.yaml, summary.json, requests.csv, timeline.json, plots "
+        "and report.html. Ctrl-C keeps what has finished."
+    )
+    parser.add_argument("config", metavar="CONFIG.yaml")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY.PATH=VALUE", help=f"change a key: {_CONFIG_HELP}"
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", help="where results go; default out/NAME, or out/NAME-2 … if that is there"
+    )
+    parser.add_argument("--force", action="store_true", help="let --out replace an earlier run")
+    parser.add_argument("--batches", action="store_true", help="write batches.csv as well")
+    parser.add_argument("--no-plots", action="store_true", help="leave the plots out")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
+    parser.add_argument(
+        "--step-by-step", action="store_true", help="take every decode step as an event: slower, same result"
+    )
+    parser.set_defaults(run=_run)
+
+
+def _add_predict(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Predicts one iteration: a prefill chunk (--chunk) behind --context cached tokens, or --decodes "
+        "decodes with --context tokens each, or both together."
+    )
+    parser.add_argument("--model", required=True, help="a name, or a path to a Hugging Face config.json")
+    parser.add_argument("--device", required=True, help="a name, or a path to a YAML file")
+    parser.add_argument("--tp", type=_count, default=1, help="tensor parallelism")
+    parser.add_argument("--spp", type=_count, default=1, help="pipeline stages")
+    parser.add_argument("--kvp", type=_count, default=1, help="KV groups")
+    parser.add_argument(
+        "--chunk", type=_tokens, default=0, metavar="C", help="prompt tokens in the iteration"
+    )
+    parser.add_argument("--decodes", type=_tokens, default=0, metavar="B", help="decodes in the iteration")
+    parser.add_argument(
+        "--context", type=_tokens, default=0, metavar="N", help="tokens in the KV cache of each"
+    )
+    parser.add_argument("--source", choices=("auto", "measured", "imported", "roofline"), default="auto")
+    parser.add_argument("--weight-dtype", choices=("bf16", "fp8"), default="bf16")
+    parser.add_argument("--kv-dtype", choices=("bf16", "fp8"), default="bf16")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_predict)
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("profile", metavar="PROFILE_DIR")
+    parser.add_argument("--out", metavar="FILE", help="where the predictor goes; default: into the profile")
+    parser.set_defaults(run=_train)
+
+
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=("aiconfigurator",), help="whose tables")
+    parser.add_argument("--device", required=True, help="a name from `convoy list devices`")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the profile folder to write")
+    parser.set_defaults(run=_import)
+
+
+def _add_traces(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    describe = actions.add_parser("describe", help="statistics of a trace in any known format")
+    describe.add_argument("file", metavar="FILE")
+    describe.add_argument("--format", default="auto", help="default: recognised from the file")
+    describe.add_argument("--json", action="store_true", help="print JSON")
+    describe.set_defaults(run=_describe)
+    convert = actions.add_parser("convert", help="rewrite a trace as arrival_s,prompt_tokens,output_tokens")
+    convert.add_argument("file", metavar="FILE")
+    convert.add_argument("--format", default="auto", help="default: recognised from the file")
+    convert.add_argument(
+        "--out", required=True, metavar="FILE.csv", help="what to write; .csv.gz is compressed"
+    )
+    convert.add_argument("--force", action="store_true", help="overwrite the file")
+    convert.set_defaults(run=_convert)
+
+
+def _count(text: str) -> int:
+    """A whole number of at least 1."""
+    return _whole(text, 1)
+
+
+def _tokens(text: str) -> int:
+    """A whole number of at least 0, with or without separators: 1_000_000, 1e6."""
+    return _whole(text, 0)
+
+
+def _whole(text: str, at_least: int) -> int:
+    try:
+        value = float(text)
+        whole = int(text) if text.lstrip("+-").replace("_", "").isdecimal() else int(value)
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number") from None
+    if whole != value or not at_least <= whole < 2**31:
+        raise argparse.ArgumentTypeError(f"must be a whole number from {at_least} to 2147483647, not {text}")
+    return whole
+
+
+if __name__ == "__main__":
+    sys.exit(main())
