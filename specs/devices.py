@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from specs._input import Fields, is_kind, load_mapping
 from specs.errors import InputError, did_you_mean
+from specs.input_files import Fields, is_kind, load_mapping
 from specs.models import DTYPE_BYTES
 
 _LIBRARY = Path(__file__).parent / "library" / "devices"
