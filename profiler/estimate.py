@@ -19,13 +19,33 @@ class Estimate:
 
     `time_s` is never below `floor_s`, the larger of FLOP ÷ peak and bytes ÷ bandwidth with every
     byte counted once. `extrapolated` marks shapes outside what was measured; it is True everywhere
-    where nothing was. `source` is one of `SOURCES`.
+    where nothing was. `source` is one of `SOURCES`. `interval` is what prediction errors were on held-out
+    measurements, as log(measured ÷ predicted): the 5th and the 95th percentile; None where nothing is known.
     """
 
     time_s: FloatArray
     floor_s: FloatArray
     extrapolated: BoolArray
     source: str
+    interval: tuple[float, float] | None = None
+
+    @property
+    def low_s(self) -> FloatArray | None:
+        """The time that 5 % are below, not under the floor."""
+        return (
+            None
+            if self.interval is None
+            else np.maximum(self.time_s * np.exp(self.interval[0]), self.floor_s)
+        )
+
+    @property
+    def high_s(self) -> FloatArray | None:
+        """The time that 5 % are above."""
+        return (
+            None
+            if self.interval is None
+            else np.maximum(self.time_s * np.exp(self.interval[1]), self.floor_s)
+        )
 
 
 def broadcast(*values: ArrayLike) -> tuple[FloatArray, ...]:

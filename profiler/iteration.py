@@ -357,7 +357,7 @@ def _geometric(low: int, high: int, per_octave: int) -> FloatArray:
 
 
 def _measured_limits(contexts: FloatArray, outside: NDArray[np.bool_]) -> list[float]:
-    """For each row, the largest context that isn't extrapolated: −1 if all are, infinity if the last isn't."""
+    """For each row, the largest context that isn't extrapolated: −1 if all are, infinity if none is."""
     limits = []
     for row in outside:
         inside = np.flatnonzero(~row)

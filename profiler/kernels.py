@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
 from numpy.typing import ArrayLike
 
+from profiler.coverage import mismatch
 from profiler.estimate import Estimate
+from profiler.overheads import HostOverhead, LayerCorrection
 from profiler.predictor import load_predictor
 from profiler.roofline_kernels import RooflineKernels
 from profiler.tables import PROFILES, Profile, read_profile
 from profiler.trained_kernels import TrainedKernels
 from specs.devices import DeviceSpec
 from specs.errors import InputError
+from specs.models import ModelSpec
 
 __all__ = [
     "Estimate",
@@ -21,6 +25,7 @@ __all__ = [
     "RooflineKernels",
     "Source",
     "TrainedKernels",
+    "Wanted",
     "find_profile",
     "list_profiles",
     "load_kernels",
@@ -31,9 +36,18 @@ Source = Literal["auto", "measured", "imported", "roofline"]
 
 
 class Kernels(Protocol):
-    """What an iteration is made of. Arguments are scalars or arrays that broadcast together."""
+    """What an iteration is made of. Arguments are scalars or arrays that broadcast together.
+
+    Attributes:
+        activation_bytes: bytes of an activation's element.
+        host: measured host overhead; None if it wasn't measured.
+        layer: what whole layers take beyond their operators; None if it wasn't measured.
+    """
 
     device: DeviceSpec
+    activation_bytes: int
+    host: HostOverhead | None
+    layer: LayerCorrection | None
 
     def gemm(self, m: ArrayLike, n: ArrayLike, k: ArrayLike) -> Estimate:
         """`m` tokens times a weight of `k` inputs and `n` outputs."""
@@ -53,11 +67,20 @@ class Kernels(Protocol):
     ) -> Estimate:
         """`batch` decodes whose contexts add up to `total_context` tokens; one layer, one rank."""
 
-    def elementwise(self, num_bytes: ArrayLike) -> Estimate:
-        """A kernel that only moves bytes (read and written counted): norms, RoPE, activations."""
+    def shard_attention(
+        self, chunk: ArrayLike, context: ArrayLike, heads: ArrayLike, kv_heads: ArrayLike, head_dim: ArrayLike
+    ) -> Estimate:
+        """A chunk over `context` keys of a KV shard that holds none of its own; with its log-sum-exp."""
+
+    def elementwise(self, num_bytes: ArrayLike, *, kind: str = "", rows: ArrayLike = 1.0) -> Estimate:
+        """A kernel that only moves bytes (read and written counted), over `rows` tokens; `kind` is one of
+        `profiler.work.KINDS`, or empty for any."""
 
     def all_reduce(self, num_bytes: ArrayLike, ranks: ArrayLike) -> Estimate:
         """Sum of a vector of `num_bytes` over `ranks` devices."""
+
+    def all_gather(self, num_bytes: ArrayLike, ranks: ArrayLike) -> Estimate:
+        """A vector of `num_bytes` from each of `ranks` devices of a node to all of them."""
 
     def send_recv(self, num_bytes: ArrayLike, inter_node: bool) -> Estimate:
         """`num_bytes` from one device to another."""
@@ -70,18 +93,28 @@ def load_kernels(
     weight_dtype: str = "bf16",
     kv_dtype: str = "bf16",
     profile: Path | None = None,
+    model: ModelSpec | None = None,
+    tp: int = 1,
 ) -> Kernels:
     """Kernel times of `device`.
 
-    `source` auto takes a measured profile if there is one, else an imported one, else the roofline.
-    `profile` names a profile folder of the user's own and overrides the search.
+    `source` auto takes a measured profile if there is one, else an imported one, else the roofline. A
+    measured profile holds for the shapes it was measured for: `model` and `tp` say which are wanted; without
+    `model` any will do. `profile` names a profile folder of the user's own and overrides the search.
 
     Raises:
-        InputError: the source asked for doesn't exist for this device, or its files are unsound.
+        InputError: the source asked for doesn't exist for this device, or it was measured for other shapes or
+            types; or its files are unsound.
     """
     if source == "roofline" and profile is None:
         return RooflineKernels(device, weight_dtype=weight_dtype, kv_dtype=kv_dtype)
-    chosen = read_profile(profile) if profile is not None else find_profile(device, source)
+    wanted = Wanted(model, tp, weight_dtype, kv_dtype)
+    if profile is not None:
+        chosen: Profile | None = read_profile(profile)
+        if chosen is not None and (reason := wanted.mismatch(chosen)) is not None:
+            raise InputError(f"{profile}: {reason}")
+    else:
+        chosen = find_profile(device, source, wanted=wanted)
     if chosen is None:
         return RooflineKernels(device, weight_dtype=weight_dtype, kv_dtype=kv_dtype)
     predictor = load_predictor(chosen, device)
@@ -90,22 +123,44 @@ def load_kernels(
     )
 
 
-def find_profile(device: DeviceSpec, source: Source, root: Path = PROFILES) -> Profile | None:
-    """The newest shipped profile of `device` from `source`; None if auto finds none.
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a profile has to hold for."""
+
+    model: ModelSpec | None = None
+    tp: int = 1
+    weight_dtype: str = "bf16"
+    kv_dtype: str = "bf16"
+
+    def mismatch(self, profile: Profile) -> str | None:
+        """Why a profile doesn't hold for it; None if it does."""
+        return mismatch(profile, self.model, self.tp, self.weight_dtype, self.kv_dtype)
+
+
+def find_profile(
+    device: DeviceSpec, source: Source, root: Path = PROFILES, *, wanted: Wanted | None = None
+) -> Profile | None:
+    """The newest shipped profile of `device` from `source` that fits what is wanted; None if auto finds none.
 
     Raises:
-        InputError: unknown source, or the one asked for doesn't exist.
+        InputError: unknown source, or the one asked for doesn't exist or holds for other shapes or types.
     """
-    wanted = {"auto": ("measured", "imported"), "measured": ("measured",), "imported": ("imported",)}
-    if source not in wanted:
+    kinds = {"auto": ("measured", "imported"), "measured": ("measured",), "imported": ("imported",)}
+    if source not in kinds:
         raise InputError(f"predictor.source: {source!r} is not one of auto, measured, imported, roofline")
     profiles = [profile for profile in list_profiles(root) if profile.device == device.name]
-    for kind in wanted[source]:
+    reasons = []
+    for kind in kinds[source]:
         matching = [profile for profile in profiles if profile.source == kind]
-        if matching:
-            return max(matching, key=lambda profile: (profile.created, profile.name))
+        for profile in sorted(matching, key=lambda profile: (profile.created, profile.name), reverse=True):
+            reason = None if wanted is None else wanted.mismatch(profile)
+            if reason is None:
+                return profile
+            reasons.append(f"{profile.name} {reason}")
     if source == "auto":
         return None
+    if reasons:
+        raise InputError(f"predictor.source: no {source} profile of {device.name} fits: {'; '.join(reasons)}")
     have = ", ".join(sorted({profile.source for profile in profiles} | {"roofline"}))
     raise InputError(f"predictor.source: no {source} profile of {device.name}; there is {have}")
 

@@ -14,11 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from profiler.operators import MAX_RESIDUAL, LearnedState, OperatorModel
+from profiler.overheads import HostOverhead, LayerCorrection
 from profiler.roofline import AllReduce, DecodeAttention, Gemm, Physics, PrefillAttention
+from profiler.small_operators import small_operator
 from profiler.tables import Profile, check_hash
-from specs._input import Fields
 from specs.devices import DeviceSpec
 from specs.errors import InputError
+from specs.input_files import Fields
 
 FORMAT = 1
 FILE = "predictor.npz"
@@ -39,26 +41,31 @@ class Predictor:
     """Fitted operators of one profile, keyed `<operator>_<dtype>`.
 
     `residuals` holds, for each, the 5th, 50th and 95th percentile of log(measured ÷ predicted) over
-    held-out rows: the stuff of prediction intervals.
+    held-out rows: the stuff of prediction intervals. `host` and `layer` are there if they were measured.
     """
 
     operators: Mapping[str, OperatorModel]
     residuals: Mapping[str, tuple[float, float, float]]
+    host: HostOverhead | None = None
+    layer: LayerCorrection | None = None
 
 
-def make_physics(device: DeviceSpec, operator: str, dtype: str) -> Physics:
-    """The formula of an operator on a device.
+def make_physics(device: DeviceSpec, operator: str, dtype: str, cached_bytes: int = 0) -> Physics:
+    """The formula of an operator on a device, `cached_bytes` of whose data are in its last-level cache.
 
     Raises:
         InputError: the device doesn't compute in `dtype`.
     """
     if operator == "all_reduce":
         return AllReduce(device)
-    if operator == "gemm":
-        return Gemm(device, dtype)
-    return (
-        PrefillAttention(device, dtype) if operator == "prefill_attention" else DecodeAttention(device, dtype)
-    )
+    if (small := small_operator(device, operator, dtype, cached_bytes)) is not None:
+        return small
+    kinds: dict[str, type[Gemm] | type[PrefillAttention] | type[DecodeAttention]] = {
+        "gemm": Gemm,
+        "prefill_attention": PrefillAttention,
+        "decode_attention": DecodeAttention,
+    }
+    return kinds[operator](device, dtype, cached_bytes)
 
 
 def save_predictor(path: Path, profile: Profile, device: DeviceSpec, predictor: Predictor) -> None:
@@ -70,6 +77,19 @@ def save_predictor(path: Path, profile: Profile, device: DeviceSpec, predictor: 
         "tables": {info.key: info.sha256 for info in profile.tables},
         "operators": {},
     }
+    if predictor.host is not None:
+        header["host"] = {
+            "base_s": predictor.host.base_s,
+            "per_request_s": predictor.host.per_request_s,
+        }
+    if predictor.layer is not None:
+        layer = predictor.layer
+        header["layer"] = {
+            "base_s": layer.base_s,
+            "per_token_s": layer.per_token_s,
+            "p05": layer.interval[0],
+            "p95": layer.interval[1],
+        }
     arrays: dict[str, NDArray[Any]] = {}
     for key, model in predictor.operators.items():
         state = model.state_
@@ -118,11 +138,28 @@ def load_predictor(profile: Profile, device: DeviceSpec, path: Path | None = Non
         if info.key not in entries:
             continue
         entry = Fields(Fields(entries, str(path)).mapping(info.key), f"{path}: {info.key}")
-        model = OperatorModel(make_physics(device, info.operator, info.dtype))
+        model = OperatorModel(make_physics(device, info.operator, info.dtype, profile.cached_bytes))
         model.state_ = _state(path, info.key, entry, model.physics, arrays)
         operators[info.key] = model
         residuals[info.key] = _quantiles(entry, f"{path}: {info.key}")
-    return Predictor(operators, residuals)
+    return Predictor(operators, residuals, _host(fields, path), _layer(fields, path))
+
+
+def _host(header: Fields, path: Path) -> HostOverhead | None:
+    if not header.has("host"):
+        return None
+    fields = Fields(header.mapping("host"), f"{path}: host")
+    return HostOverhead(fields.number("base_s"), fields.number("per_request_s"), "measured")
+
+
+def _layer(header: Fields, path: Path) -> LayerCorrection | None:
+    if not header.has("layer"):
+        return None
+    fields = Fields(header.mapping("layer"), f"{path}: layer")
+    base_s, per_token_s, low, high = (
+        fields.number(name, at_least=-1e3) for name in ("base_s", "per_token_s", "p05", "p95")
+    )
+    return LayerCorrection(base_s, per_token_s, (low, high))
 
 
 def device_figures(device: DeviceSpec) -> str:

@@ -23,7 +23,7 @@ from specs.models import DTYPE_BYTES
 Shape = Mapping[str, FloatArray]
 Parameters = Mapping[str, float]
 
-ACTIVATION_BYTES = 2  # activations stay bf16 in and out of attention, whatever the KV dtype
+CACHE_SPEEDUP = 12.0  # most that a fit may make of a last-level cache over the memory behind it
 
 # Rows of a query tile in FlashAttention 2 and 3 at head_dim 128 (arXiv 2307.08691, 2407.08608).
 QUERY_TILE_ROWS = 128
@@ -77,7 +77,8 @@ def turns_per_tile(tiles: FloatArray, sms: float) -> FloatArray:
     return np.asarray(turns[index.ravel()].reshape(tiles.shape))
 
 
-def _log2_columns(*columns: FloatArray) -> FloatArray:
+def log2_columns(*columns: FloatArray) -> FloatArray:
+    """Coordinates [n, columns] in octaves."""
     # An empty size (no cached token, no byte) counts as a thousandth of one.
     return np.log2(np.maximum(np.stack(columns, axis=1), 1e-3))
 
@@ -116,13 +117,24 @@ class Physics(ABC):
         return {name: parameter.default for name, parameter in self.parameters.items()}
 
 
-class _OnDevice(Physics):
-    """Shared by the operators that compute: a peak rate, a memory, and SMs."""
+def activation_element(dtype: str) -> int:
+    """Bytes of an activation beside weights or a KV cache of `dtype`: bf16 unless that is wider."""
+    return max(2, DTYPE_BYTES[dtype])
 
-    def __init__(self, device: DeviceSpec, dtype: str) -> None:
+
+class _OnDevice(Physics):
+    """Shared by the operators that compute: a peak rate, a memory, and SMs.
+
+    `cached_bytes` of an operator's data are in the last-level cache when it begins, since a small model's
+    weights never leave it: memory sets no floor to so many.
+    """
+
+    def __init__(self, device: DeviceSpec, dtype: str, cached_bytes: int = 0) -> None:
         self.device = device
         self.dtype = dtype
+        self.cached_bytes = cached_bytes
         self.element_bytes = DTYPE_BYTES[dtype]
+        self.activation_bytes = activation_element(dtype)
         self.bandwidth = device.memory_bandwidth_bytes_per_s
         self.sms = float(device.num_sms)
 
@@ -130,7 +142,12 @@ class _OnDevice(Physics):
 
     def floor_s(self, shape: Shape) -> FloatArray:
         flop, num_bytes = self.flop_and_bytes(shape)
-        return np.maximum(flop / self.peak, num_bytes / self.bandwidth)
+        from_memory = np.maximum(num_bytes - self.cached_bytes, 0.0)
+        return np.maximum(flop / self.peak, from_memory / self.bandwidth)
+
+    def _efficiency(self, default: float, low: float, high: float) -> Parameter:
+        """Of a stream of bytes: beyond the memory's rate if they may come from the cache."""
+        return Parameter(default, low, CACHE_SPEEDUP if self.cached_bytes else high)
 
 
 class Gemm(_OnDevice):
@@ -144,16 +161,17 @@ class Gemm(_OnDevice):
     """
 
     operator = "gemm"
-    columns = ("m", "n", "k")
-    growth_axis, family_axes = 0, (1, 2)
+    columns: tuple[str, ...] = ("m", "n", "k")
+    growth_axis = 0
+    family_axes: tuple[int, ...] = (1, 2)
 
-    def __init__(self, device: DeviceSpec, dtype: str) -> None:
-        super().__init__(device, dtype)
+    def __init__(self, device: DeviceSpec, dtype: str, cached_bytes: int = 0) -> None:
+        super().__init__(device, dtype, cached_bytes)
         self.peak = device.peak_flops_for(dtype)
         self.parameters = {
             "launch_s": Parameter(device.kernel_launch_s, 5e-7, 4e-5),
             "flop_efficiency": Parameter(0.8, 0.3, 1.0),
-            "bandwidth_efficiency": Parameter(0.85, 0.3, 1.2),
+            "bandwidth_efficiency": self._efficiency(0.85, 0.3, 1.2),
             "small_tile_efficiency": Parameter(0.6, 0.2, 1.0),
             "k_latency_s": Parameter(1.2e-9, 1e-10, 1e-8),
             "split_s": Parameter(2e-6, 1e-7, 2e-5),
@@ -166,7 +184,7 @@ class Gemm(_OnDevice):
     def flop_and_bytes(self, shape: Shape) -> tuple[FloatArray, FloatArray]:
         m, n, k = shape["m"], shape["n"], shape["k"]
         flop = 2.0 * m * n * k
-        num_bytes = self.element_bytes * (m * k + k * n) + ACTIVATION_BYTES * m * n
+        num_bytes = self.element_bytes * (m * k + k * n) + self.activation_bytes * m * n
         return flop, num_bytes
 
     def time_s(self, shape: Shape, p: Parameters, *, cold: bool = True) -> FloatArray:
@@ -189,12 +207,12 @@ class Gemm(_OnDevice):
         memory = num_bytes / (self.bandwidth * p["bandwidth_efficiency"])
         time_s = p["launch_s"] + soft_max(best, memory, p["overlap_power"])
         if self.dtype == "fp8":
-            quantize = m * k * (ACTIVATION_BYTES + 1) / (self.bandwidth * p["bandwidth_efficiency"])
+            quantize = m * k * (self.activation_bytes + 1) / (self.bandwidth * p["bandwidth_efficiency"])
             time_s = time_s + np.maximum(m * p["quantize_row_s"], quantize)
         return time_s
 
     def features(self, shape: Shape) -> FloatArray:
-        return _log2_columns(shape["m"], shape["n"], shape["k"])
+        return log2_columns(shape["m"], shape["n"], shape["k"])
 
 
 class PrefillAttention(_OnDevice):
@@ -212,28 +230,29 @@ class PrefillAttention(_OnDevice):
     """
 
     operator = "prefill_attention"
-    columns = ("batch", "chunk", "context", "heads", "kv_heads", "head_dim")
-    growth_axis, family_axes = 1, (0, 4)
+    columns: tuple[str, ...] = ("batch", "chunk", "context", "heads", "kv_heads", "head_dim")
+    growth_axis = 1
+    family_axes: tuple[int, ...] = (0, 4)
 
-    def __init__(self, device: DeviceSpec, dtype: str) -> None:
-        super().__init__(device, dtype)
+    def __init__(self, device: DeviceSpec, dtype: str, cached_bytes: int = 0) -> None:
+        super().__init__(device, dtype, cached_bytes)
         self.peak = attention_peak_flops(device, dtype)
         self.parameters = {
             "launch_s": Parameter(device.kernel_launch_s, 5e-7, 4e-5),
             "flop_efficiency": Parameter(0.65, 0.1, 1.0),
             "softmax_s": Parameter(1e-11, 1e-12, 1e-9),
-            "io_efficiency": Parameter(STREAM_EFFICIENCY, 0.1, 1.2),
+            "io_efficiency": self._efficiency(STREAM_EFFICIENCY, 0.1, 1.2),
             "tile_s": Parameter(1e-6, 1e-8, 2e-5),
             "block_keys": Parameter(128.0, 8.0, 512.0),
             "own_split": Parameter(1.0, 0.001, 1.0),
             "overlap_power": Parameter(4.0, 1.0, 12.0),
-            "stream_efficiency": Parameter(STREAM_EFFICIENCY, 0.3, 1.0),
+            "stream_efficiency": self._efficiency(STREAM_EFFICIENCY, 0.3, 1.0),
             "stream_overlap_power": Parameter(4.0, 1.0, 12.0),
         }
 
     def _cached_and_io_bytes(self, shape: Shape) -> tuple[FloatArray, FloatArray]:
         kv_token = 2.0 * self.element_bytes * shape["kv_heads"] * shape["head_dim"]
-        query_token = 2.0 * ACTIVATION_BYTES * shape["heads"] * shape["head_dim"]
+        query_token = 2.0 * self.activation_bytes * shape["heads"] * shape["head_dim"]
         cached = shape["batch"] * shape["context"] * kv_token
         return cached, shape["batch"] * shape["chunk"] * (kv_token + query_token)
 
@@ -279,7 +298,7 @@ class PrefillAttention(_OnDevice):
         keys = shape["context"] + (shape["chunk"] + 1.0) / 2.0
         group = shape["heads"] / shape["kv_heads"]
         rows = np.minimum(shape["chunk"], QUERY_TILE_ROWS)
-        return _log2_columns(self.tiles(shape), keys, group, rows, shape["head_dim"])
+        return log2_columns(self.tiles(shape), keys, group, rows, shape["head_dim"])
 
 
 class DecodeAttention(_OnDevice):
@@ -293,15 +312,16 @@ class DecodeAttention(_OnDevice):
     """
 
     operator = "decode_attention"
-    columns = ("batch", "total_context", "heads", "kv_heads", "head_dim")
-    growth_axis, family_axes = 1, (0, 4)
+    columns: tuple[str, ...] = ("batch", "total_context", "heads", "kv_heads", "head_dim")
+    growth_axis = 1
+    family_axes: tuple[int, ...] = (0, 4)
 
-    def __init__(self, device: DeviceSpec, dtype: str) -> None:
-        super().__init__(device, dtype)
+    def __init__(self, device: DeviceSpec, dtype: str, cached_bytes: int = 0) -> None:
+        super().__init__(device, dtype, cached_bytes)
         self.peak = attention_peak_flops(device, dtype)
         self.parameters = {
             "launch_s": Parameter(device.kernel_launch_s, 5e-7, 4e-5),
-            "bandwidth_efficiency": Parameter(STREAM_EFFICIENCY, 0.3, 1.0),
+            "bandwidth_efficiency": self._efficiency(STREAM_EFFICIENCY, 0.3, 1.0),
             "tile_s": Parameter(1e-6, 1e-8, 2e-5),
             "split_s": Parameter(3e-7, 1e-9, 5e-6),
             "l2_speedup": Parameter(2.0, 1.0, 10.0),
@@ -314,7 +334,7 @@ class DecodeAttention(_OnDevice):
         flop = 4.0 * total * shape["heads"] * head_dim
         queries = 2.0 * shape["batch"] * shape["heads"] * head_dim
         cached = 2.0 * total * shape["kv_heads"] * head_dim
-        return flop, self.element_bytes * cached + ACTIVATION_BYTES * queries
+        return flop, self.element_bytes * cached + self.activation_bytes * queries
 
     def time_s(self, shape: Shape, p: Parameters, *, cold: bool = True) -> FloatArray:
         flop, num_bytes = self.flop_and_bytes(shape)
@@ -333,7 +353,7 @@ class DecodeAttention(_OnDevice):
         tiles = shape["batch"] * shape["kv_heads"]
         keys = shape["total_context"] / shape["batch"]
         group = shape["heads"] / shape["kv_heads"]
-        return _log2_columns(tiles, keys, shape["kv_heads"], group, shape["head_dim"])
+        return log2_columns(tiles, keys, shape["kv_heads"], group, shape["head_dim"])
 
 
 class AllReduce(Physics):
@@ -344,8 +364,9 @@ class AllReduce(Physics):
     """
 
     operator = "all_reduce"
-    columns = ("num_bytes", "ranks")
-    growth_axis, family_axes = 0, (1,)
+    columns: tuple[str, ...] = ("num_bytes", "ranks")
+    growth_axis = 0
+    family_axes: tuple[int, ...] = (1,)
 
     def __init__(self, device: DeviceSpec) -> None:
         self.device = device
@@ -372,4 +393,4 @@ class AllReduce(Physics):
         return p["base_s"] + np.minimum(one_shot, p["step_s"] * np.log2(ranks) + ring)
 
     def features(self, shape: Shape) -> FloatArray:
-        return _log2_columns(shape["num_bytes"], shape["ranks"])
+        return log2_columns(shape["num_bytes"], shape["ranks"])

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from profiler.estimate import Estimate, FloatArray, broadcast
+from profiler.overheads import HostOverhead, LayerCorrection
 from profiler.roofline import (
     STREAM_EFFICIENCY,
     AllReduce,
@@ -14,7 +15,9 @@ from profiler.roofline import (
     Physics,
     PrefillAttention,
     Shape,
+    activation_element,
 )
+from profiler.small_operators import ShardAttention
 from specs.devices import DeviceSpec
 from specs.errors import InputError
 from specs.models import DTYPE_BYTES
@@ -38,6 +41,10 @@ class RooflineKernels:
         self._prefill = PrefillAttention(device, kv_dtype)
         self._decode = DecodeAttention(device, kv_dtype)
         self._all_reduce = AllReduce(device)
+        self._shard = ShardAttention(device, kv_dtype)
+        self.activation_bytes = max(activation_element(weight_dtype), activation_element(kv_dtype))
+        self.host: HostOverhead | None = None
+        self.layer: LayerCorrection | None = None
 
     def gemm(self, m: ArrayLike, n: ArrayLike, k: ArrayLike) -> Estimate:
         m, n, k = broadcast(m, n, k)
@@ -62,8 +69,15 @@ class RooflineKernels:
         arrays = broadcast(batch, total_context, heads, kv_heads, head_dim)
         return self._estimate(self._decode, dict(zip(names, arrays, strict=True)))
 
-    def elementwise(self, num_bytes: ArrayLike) -> Estimate:
-        (num_bytes,) = broadcast(num_bytes)
+    def shard_attention(
+        self, chunk: ArrayLike, context: ArrayLike, heads: ArrayLike, kv_heads: ArrayLike, head_dim: ArrayLike
+    ) -> Estimate:
+        names = ("chunk", "context", "heads", "kv_heads", "head_dim")
+        arrays = broadcast(chunk, context, heads, kv_heads, head_dim)
+        return self._estimate(self._shard, dict(zip(names, arrays, strict=True)))
+
+    def elementwise(self, num_bytes: ArrayLike, *, kind: str = "", rows: ArrayLike = 1.0) -> Estimate:
+        num_bytes, _ = broadcast(num_bytes, rows)
         floor_s = num_bytes / self.device.memory_bandwidth_bytes_per_s
         return _roofline(self.device.kernel_launch_s + floor_s / STREAM_EFFICIENCY, floor_s)
 
@@ -79,6 +93,10 @@ class RooflineKernels:
             estimate.extrapolated & ~alone,
             estimate.source,
         )
+
+    def all_gather(self, num_bytes: ArrayLike, ranks: ArrayLike) -> Estimate:
+        num_bytes, ranks = broadcast(num_bytes, ranks)
+        return self.send_recv(num_bytes * (ranks - 1.0), inter_node=False)
 
     def send_recv(self, num_bytes: ArrayLike, inter_node: bool) -> Estimate:
         (num_bytes,) = broadcast(num_bytes)

@@ -9,7 +9,16 @@ Columns, besides `time_s` (seconds a call) and optionally `spread_s` (between re
     gemm                m, n, k                                (tokens, outputs, inputs)
     prefill_attention   batch, chunk_tokens, context_tokens, heads, kv_heads, head_dim   (each of `batch`)
     decode_attention    batch, total_context_tokens, heads, kv_heads, head_dim    (summed over the batch)
-    all_reduce          num_bytes, ranks
+    skewed_decode       the same with longest_context_tokens: contexts of very different lengths
+    shard_attention     chunk_tokens, context_tokens, heads, kv_heads, head_dim   (no key of the chunk itself)
+    norm, rope, activation, kv_write, embedding, sampling
+                        num_bytes, rows, width                 (moved in all; elements of a row)
+    kvp_merge           num_bytes, rows, width, shards
+    all_reduce, all_gather, send_recv
+                        num_bytes, ranks                       (of one rank)
+    layer               chunk_tokens, context_tokens, decodes, decode_context_tokens, tp
+                                (a whole layer: a chunk, or decodes that share so many tokens, or both)
+    host                requests                               (host time of an iteration of so many decodes)
 """
 
 from __future__ import annotations
@@ -26,8 +35,8 @@ from typing import Any
 import numpy as np
 
 from profiler.estimate import FloatArray
-from specs._input import Fields, did_you_mean, load_mapping
 from specs.errors import InputError
+from specs.input_files import Fields, did_you_mean, load_mapping
 
 FORMAT = 1
 PROFILES = Path(__file__).parent / "profiles"
@@ -49,10 +58,46 @@ COLUMNS: dict[str, dict[str, str]] = {  # operator -> file column -> name in for
         "kv_heads": "kv_heads",
         "head_dim": "head_dim",
     },
-    "all_reduce": {"num_bytes": "num_bytes", "ranks": "ranks"},
+    "skewed_decode": {
+        "batch": "batch",
+        "total_context_tokens": "total_context",
+        "longest_context_tokens": "longest_context",
+        "heads": "heads",
+        "kv_heads": "kv_heads",
+        "head_dim": "head_dim",
+    },
+    "shard_attention": {
+        "chunk_tokens": "chunk",
+        "context_tokens": "context",
+        "heads": "heads",
+        "kv_heads": "kv_heads",
+        "head_dim": "head_dim",
+    },
+    **{
+        kind: {"num_bytes": "num_bytes", "rows": "rows", "width": "width"}
+        for kind in ("norm", "rope", "activation", "kv_write", "embedding", "sampling")
+    },
+    "kvp_merge": {"num_bytes": "num_bytes", "rows": "rows", "width": "width", "shards": "shards"},
+    **{
+        collective: {"num_bytes": "num_bytes", "ranks": "ranks"}
+        for collective in ("all_reduce", "all_gather", "send_recv")
+    },
+    "layer": {
+        "chunk_tokens": "chunk",
+        "context_tokens": "context",
+        "decodes": "decodes",
+        "decode_context_tokens": "decode_context",
+        "tp": "tp",
+    },
+    "host": {"requests": "requests"},
+}
+_MAY_BE_ZERO = {
+    "prefill_attention": ("context_tokens",),
+    "layer": ("chunk_tokens", "context_tokens", "decodes", "decode_context_tokens"),
 }
 _OPTIONAL = ("spread_s", "samples")
 _SOURCES = ("measured", "imported")
+_MEASURED_KEYS = ("model", "conditions", "skipped", "cached_bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +124,13 @@ class TableInfo:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """A profile folder's `profile.yaml`."""
+    """A profile folder's `profile.yaml`.
+
+    Of a measured profile only: `model`, the shapes it was measured for (see `profiler.coverage`);
+    `conditions`, in words; `skipped`, the points that couldn't be measured, and why; `cached_bytes`, how
+    much of an iteration's data stays in the last-level cache from one iteration to the next, since all
+    the weights fit into it: memory then sets no floor to as many bytes.
+    """
 
     path: Path
     device: str
@@ -89,6 +140,10 @@ class Profile:
     versions: Mapping[str, str]
     notes: tuple[str, ...]
     tables: tuple[TableInfo, ...]
+    model: Mapping[str, Any] = field(default_factory=dict)
+    conditions: Mapping[str, str] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
+    cached_bytes: int = 0
 
     @property
     def name(self) -> str:
@@ -101,6 +156,8 @@ class Table:
 
     shape: dict[str, FloatArray]
     time_s: FloatArray
+    spread_s: FloatArray | None = None
+    samples: FloatArray | None = None
 
     def __len__(self) -> int:
         return len(self.time_s)
@@ -116,7 +173,7 @@ def read_profile(path: Path) -> Profile:
     data = load_mapping(file, "yaml")
     fields = Fields(data, str(file))
     keys = ["format", "device", "source", "created", "licence", "versions", "notes", "tables"]
-    fields.refuse_unknown(keys)
+    fields.refuse_unknown([*keys, *_MEASURED_KEYS])
     if (version := fields.integer("format")) != FORMAT:
         raise fields.fail("format", f"is {version}; this version of Convoy reads {FORMAT}")
     if (source := fields.text("source")) not in _SOURCES:
@@ -134,6 +191,12 @@ def read_profile(path: Path) -> Profile:
         versions={key: str(value) for key, value in fields.mapping("versions").items()},
         notes=tuple(notes),
         tables=tuple(_table_info(name, tables, f"{file}: tables") for name in tables),
+        model=fields.mapping("model") if fields.has("model") else {},
+        conditions={key: str(value) for key, value in fields.mapping("conditions").items()}
+        if fields.has("conditions")
+        else {},
+        skipped=tuple(map(str, data.get("skipped") or ())),
+        cached_bytes=fields.integer("cached_bytes", at_least=0, default=0),
     )
 
 
@@ -157,6 +220,9 @@ def write_profile(profile: Profile) -> None:
         "notes": list(profile.notes),
         "tables": tables,
     }
+    if profile.source == "measured":
+        measured = (profile.model, profile.conditions, list(profile.skipped), profile.cached_bytes)
+        data |= {key: value for key, value in zip(_MEASURED_KEYS, measured, strict=True) if value}
     text = yaml.safe_dump(data, sort_keys=False, width=110, allow_unicode=True)
     (profile.path / "profile.yaml").write_text(text, encoding="utf-8")
 
@@ -188,13 +254,14 @@ def read_table(profile: Profile, info: TableInfo) -> Table:
         raise InputError(f"{path}: {len(rows)} rows, but profile.yaml says {info.rows}")
     columns = dict(zip(header, rows.T, strict=True))
     for column in required:
-        least = 0.0 if column == "context_tokens" else np.finfo(np.float64).tiny
+        may_be_zero = column in _MAY_BE_ZERO.get(info.operator, ())
+        least = 0.0 if may_be_zero else np.finfo(np.float64).tiny
         bad = np.flatnonzero(~(np.isfinite(columns[column]) & (columns[column] >= least)))
         if len(bad):
             value = columns[column][bad[0]]
             raise InputError(f"{path}: row {bad[0] + 2}: {column} is {value:g}; it must be a positive number")
     shape = {name: columns[column] for column, name in COLUMNS[info.operator].items()}
-    return Table(shape, columns["time_s"])
+    return Table(shape, columns["time_s"], columns.get("spread_s"), columns.get("samples"))
 
 
 def write_table(folder: Path, operator: str, dtype: str, table: Table) -> tuple[str, int]:
@@ -202,9 +269,16 @@ def write_table(folder: Path, operator: str, dtype: str, table: Table) -> tuple[
     columns = [table.shape[name] for name in COLUMNS[operator].values()]
     order = np.lexsort([*columns[::-1]])
     text = io.StringIO()
-    text.write(",".join([*COLUMNS[operator], "time_s"]) + "\n")
+    header = [*COLUMNS[operator], "time_s"]
+    header += [name for name in _OPTIONAL if getattr(table, name) is not None]
+    text.write(",".join(header) + "\n")
     for row in order:
-        text.write(",".join(str(int(column[row])) for column in columns) + f",{table.time_s[row]:.5g}\n")
+        cells = [str(int(column[row])) for column in columns] + [f"{table.time_s[row]:.5g}"]
+        if table.spread_s is not None:
+            cells.append(f"{table.spread_s[row]:.3g}")
+        if table.samples is not None:
+            cells.append(str(int(table.samples[row])))
+        text.write(",".join(cells) + "\n")
     data = gzip.compress(text.getvalue().encode(), compresslevel=9, mtime=0)
     (folder / f"{operator}_{dtype}.csv.gz").write_bytes(data)
     return hashlib.sha256(data).hexdigest(), len(order)

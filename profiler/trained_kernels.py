@@ -14,6 +14,8 @@ from profiler.estimate import Estimate, FloatArray, broadcast
 from profiler.operators import OperatorModel
 from profiler.predictor import Predictor
 from profiler.roofline_kernels import RooflineKernels
+from profiler.tables import COLUMNS
+from profiler.work import KINDS
 from specs.devices import DeviceSpec
 
 MAX_CONTEXT = 2**25  # 33M tokens; beyond it times follow the last rung's slope
@@ -59,21 +61,57 @@ class TrainedKernels(RooflineKernels):
         kv_dtype: str = "bf16",
     ) -> None:
         super().__init__(device, weight_dtype=weight_dtype, kv_dtype=kv_dtype)
-        # fp16 kernels are those of bf16: same width, same rate.
-        dtypes = {"gemm": weight_dtype, "all_reduce": "bf16"}
         self._source = source
         self._models: dict[str, OperatorModel] = {}
-        for operator in ("gemm", "prefill_attention", "decode_attention", "all_reduce"):
-            dtype = dtypes.get(operator, kv_dtype)
-            model = predictor.operators.get(f"{operator}_{'bf16' if dtype == 'fp16' else dtype}")
-            if model is not None:
-                self._models[operator] = model
+        self._intervals: dict[str, tuple[float, float]] = {}
+        for operator in COLUMNS:
+            key = _table(predictor, operator, weight_dtype, kv_dtype)
+            if key in predictor.operators:
+                self._models[operator] = predictor.operators[key]
+                low, _, high = predictor.residuals[key]
+                self._intervals[operator] = (low, high)
+        self.host, self.layer = predictor.host, predictor.layer
 
     def gemm(self, m: ArrayLike, n: ArrayLike, k: ArrayLike) -> Estimate:
         if (model := self._models.get("gemm")) is None:
             return super().gemm(m, n, k)
         m, n, k = broadcast(m, n, k)
         return self._climb(model, {"n": n, "k": k}, "m", m, _TOKENS)
+
+    def shard_attention(
+        self, chunk: ArrayLike, context: ArrayLike, heads: ArrayLike, kv_heads: ArrayLike, head_dim: ArrayLike
+    ) -> Estimate:
+        if (model := self._models.get("shard_attention")) is None:
+            return super().shard_attention(chunk, context, heads, kv_heads, head_dim)
+        chunk, context, heads, kv_heads, head_dim = broadcast(chunk, context, heads, kv_heads, head_dim)
+        fixed = {"chunk": chunk, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+        return self._climb(model, fixed, "context", context, _CONTEXT)
+
+    def elementwise(self, num_bytes: ArrayLike, *, kind: str = "", rows: ArrayLike = 1.0) -> Estimate:
+        if (model := self._models.get(kind)) is None:
+            return super().elementwise(num_bytes, kind=kind, rows=rows)
+        num_bytes, rows = broadcast(num_bytes, rows)
+        found = model.predict({"num_bytes": num_bytes.ravel(), "rows": rows.ravel()})
+        return Estimate(
+            found.time_s.reshape(rows.shape),
+            found.floor_s.reshape(rows.shape),
+            found.extrapolated.reshape(rows.shape),
+            self._source,
+            self._intervals[kind],
+        )
+
+    def all_gather(self, num_bytes: ArrayLike, ranks: ArrayLike) -> Estimate:
+        model = self._models.get("all_gather")
+        num_bytes, ranks = broadcast(num_bytes, ranks)
+        if model is None or np.any((ranks < 2) | (ranks > self.device.gpus_per_node)):
+            return super().all_gather(num_bytes, ranks)
+        return self._climb(model, {"ranks": ranks}, "num_bytes", num_bytes, _BYTES)
+
+    def send_recv(self, num_bytes: ArrayLike, inter_node: bool) -> Estimate:
+        if inter_node or (model := self._models.get("send_recv")) is None:
+            return super().send_recv(num_bytes, inter_node)
+        (num_bytes,) = broadcast(num_bytes)
+        return self._climb(model, {}, "num_bytes", num_bytes, _BYTES)
 
     def prefill_attention(
         self, chunk: ArrayLike, context: ArrayLike, heads: ArrayLike, kv_heads: ArrayLike, head_dim: ArrayLike
@@ -124,7 +162,7 @@ class TrainedKernels(RooflineKernels):
         With `scale`, the rungs are in units of that column (context per request of a batch).
         """
         flat = {column: values.ravel() for column, values in fixed.items()}
-        combination, first = _combinations(list(flat.values()))
+        combination, first = _combinations(list(flat.values()), size.size)
         unit = flat[scale] if scale else np.ones(size.size)
         at_rungs = {column: np.repeat(values[first], len(rungs)) for column, values in flat.items()}
         at_rungs[name] = (unit[first, None] * rungs).ravel()
@@ -140,12 +178,25 @@ class TrainedKernels(RooflineKernels):
             floor_s.reshape(size.shape),
             extrapolated.reshape(size.shape),
             self._source,
+            self._intervals[model.physics.operator],
         )
 
 
-def _combinations(columns: list[FloatArray]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+def _table(predictor: Predictor, operator: str, weight_dtype: str, kv_dtype: str) -> str:
+    """Which table serves an operator."""
+    if operator in ("all_reduce", "all_gather", "send_recv"):
+        # Bytes are bytes: whichever type they were measured in.
+        return next((key for key in predictor.operators if key.rpartition("_")[0] == operator), "")
+    dtype = kv_dtype if operator.endswith("attention") else weight_dtype
+    if operator in KINDS and dtype == "fp8":
+        dtype = "bf16"  # activations are
+    # fp16 kernels are those of bf16: same width, same rate.
+    return f"{operator}_{'bf16' if dtype == 'fp16' else dtype}"
+
+
+def _combinations(columns: list[FloatArray], size: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """For each row the index of its combination of values, and for each combination its first row."""
-    code = np.zeros(len(columns[0]), dtype=np.int64)
+    code = np.zeros(size, dtype=np.int64)
     for column in columns:
         values, index = np.unique(column, return_inverse=True)
         code = code * len(values) + index

@@ -42,6 +42,8 @@ def sampling_bytes(rows: FloatArray, vocab: int, element: int) -> FloatArray:
     return element * rows * vocab
 
 
-def kvp_merge_bytes(tokens: FloatArray, shards: FloatArray, heads: int, head_dim: int, element: int) -> FloatArray:
+def kvp_merge_bytes(
+    tokens: FloatArray, shards: FloatArray, heads: int, head_dim: int, element: int
+) -> FloatArray:
     """Partial outputs and log-sum-exps of all shards read, one output written."""
     return tokens * heads * ((shards + 1) * head_dim * element + shards * LSE_BYTES)

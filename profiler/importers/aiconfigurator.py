@@ -25,8 +25,8 @@ import numpy as np
 
 from profiler.estimate import BoolArray, FloatArray
 from profiler.tables import Profile, Table, TableInfo, write_profile, write_table
-from specs._input import did_you_mean
 from specs.errors import InputError
+from specs.input_files import did_you_mean
 
 PACKAGE = "aiconfigurator-core"
 SYSTEMS = {  # our device -> folder of the package

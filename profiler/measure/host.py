@@ -1,0 +1,110 @@
+"""What the host does in an iteration: schedule, prepare, collect; with a model that computes nothing."""
+
+from __future__ import annotations
+
+import time
+from statistics import median
+
+import numpy as np
+import torch
+
+from policies.scheduler import SchedulerSettings
+from profiler.measure.timing import Samples
+from runtime.engine import Engine, LiveSetup
+from runtime.executors import StageDone
+from runtime.kv_cache import PagedKV
+from runtime.plan import KVGroups, Plan, make_inputs
+from runtime.runner import RunnerSpec
+from specs.models import ModelSpec
+from traces.workload import Workload
+
+PROMPT_TOKENS = 16
+BLOCK_TOKENS = 16
+FEWEST_STEPS = 24
+
+
+class _FreeCost:
+    """A cost model for which everything takes no time; batches are bounded by their tokens alone."""
+
+    def tokens_s(self, tokens: int, rows: int, requests: int) -> float:
+        return 0.0
+
+    def chunk_attention_s(self, chunk_tokens: int, context_tokens: int) -> float:
+        return 0.0
+
+    def decode_attention_s(self, decodes: int, total_context: int) -> float:
+        return 0.0
+
+
+class _IdleExecutor:
+    """Takes plans, prepares a rank's inputs for them, and answers with token 0 for every sampled row."""
+
+    num_stages = 1
+
+    def __init__(self, device: torch.device, capacity_tokens: int) -> None:
+        self._device = device
+        self._cache = PagedKV(
+            1,
+            1,
+            1,
+            capacity_tokens=capacity_tokens,
+            block_tokens=BLOCK_TOKENS,
+            dtype=torch.float32,
+            device=device,
+        )
+        self._plan: Plan | None = None
+
+    def submit(self, plan: Plan) -> None:
+        self._plan = plan
+
+    def wait(self, timeout_s: float | None = None) -> StageDone | None:
+        if self._plan is None:
+            return None
+        plan, self._plan = self._plan, None
+        inputs = make_inputs(plan, self._cache, KVGroups(), self._device)
+        # What becomes of the sampled tokens on the host.
+        largest = torch.zeros(len(inputs.sampled))
+        any(torch.isnan(largest).tolist())
+        tokens = torch.zeros(len(inputs.sampled), dtype=torch.int64).tolist()
+        requests = [request for request, _ in inputs.sampled]
+        return StageDone(plan.id, 0, list(zip(requests, tokens, strict=True)), 0.0, 0.0, 0.0)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def time_iterations(model: ModelSpec, requests: int, device: torch.device, visit_s: float) -> Samples:
+    """Host seconds of an iteration of `requests` decodes, served by the runtime's engine and scheduler."""
+    steps, times = FEWEST_STEPS, list[float]()
+    began_s = time.perf_counter()
+    while not times or (time.perf_counter() - began_s < visit_s and len(times) < 20 * FEWEST_STEPS):
+        times += _decode_iterations(model, requests, steps, device)
+    low, high = np.quantile(times, [0.25, 0.75])
+    return Samples(float(median(times)), float(high - low) / 2, len(times))
+
+
+def _decode_iterations(model: ModelSpec, requests: int, steps: int, device: torch.device) -> list[float]:
+    capacity = (requests + 2) * (PROMPT_TOKENS + steps + 2 * BLOCK_TOKENS)
+    workload = Workload(
+        prompt_tokens=np.full(requests, PROMPT_TOKENS, dtype=np.int32),
+        output_tokens=np.full(requests, steps, dtype=np.int32),
+        arrival_s=np.zeros(requests),
+        slo_class=None,
+    )
+    setup = LiveSetup(
+        runner=RunnerSpec(model, kv_capacity_tokens=capacity, block_tokens=BLOCK_TOKENS),
+        cost=_FreeCost(),
+        scheduler=SchedulerSettings(
+            chunk_tokens=requests * PROMPT_TOKENS,
+            max_batch_requests=requests,
+            max_batch_tokens=requests * PROMPT_TOKENS,
+            block_tokens=BLOCK_TOKENS,
+            watermark=0.0,
+        ),
+    )
+    executor = _IdleExecutor(device, capacity)
+    batches = Engine(workload, setup, executor).run().batches
+    durations = batches["end_s"] - batches["start_s"]
+    only_decodes = (batches["num_decodes"] == requests) & (batches["num_prefills"] == 0)
+    found: list[float] = durations[only_decodes].tolist()
+    return found
