@@ -56,7 +56,7 @@ class Setup:
 
 
 class Cluster:
-    """Replicas behind a router. Made for one workload and run once."""
+    """Replicas behind a router. Made for one workload and run once; ``replica`` makes each of them."""
 
     def __init__(
         self,
@@ -65,6 +65,7 @@ class Cluster:
         *,
         step_by_step: bool = False,
         progress: Progress | None = None,
+        replica: Callable[..., Replica] = Replica,
     ) -> None:
         self.setup = setup
         self.env = simpy.Environment()
@@ -92,7 +93,7 @@ class Cluster:
             for _ in range(setup.replicas)
         ]
         self.replicas = [
-            Replica(
+            replica(
                 self.env,
                 index,
                 scheduler,

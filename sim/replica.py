@@ -88,21 +88,15 @@ class Replica:
             steps = scheduler.steady_steps(batch) if self._fast_forward else 1
             if steps > 1:
                 yield from self._run(batch, steps)
-            elif self._num_stages == 1:
-                start_s = env.now
-                yield env.timeout(
-                    self.cost.tokens_s(batch.tokens, batch.rows, batch.requests) + batch.attention_s
-                )
-                scheduler.leave_first_stage(batch)
-                self._record_stage(batch, 0, start_s)
-                self._complete(batch)
             else:
                 start_s = env.now
-                times_s = self.cost.stage_times_s(batch.tokens, batch.rows, batch.requests, batch.attention_s)
-                yield env.timeout(times_s[0])
+                yield env.timeout(self.stage_s(batch, 0))
                 scheduler.leave_first_stage(batch)
+                if self._num_stages == 1:
+                    self._complete(batch)
+                else:
+                    self._links[1].put(batch)
                 self._record_stage(batch, 0, start_s)
-                self._links[1].put((batch, times_s))
 
     def _run(self, batch: Batch, steps: int) -> Process:
         """Take ``steps`` decode steps at once, or as many as begin before the next arrival."""
@@ -121,21 +115,34 @@ class Replica:
     def _link(self, stage: int) -> Process:
         """Carries activations to ``stage``, one batch at a time."""
         while True:
-            batch, times_s = yield self._links[stage].get()
-            yield self.env.timeout(self.cost.handover_s(batch.tokens))
-            self._inboxes[stage].put((batch, times_s))
+            batch = yield self._links[stage].get()
+            yield self.env.timeout(self.handover_s(batch))
+            self._inboxes[stage].put(batch)
 
     def _later_stage(self, stage: int) -> Process:
         while True:
-            batch, times_s = yield self._inboxes[stage].get()
+            batch = yield self._inboxes[stage].get()
             start_s = self.env.now
-            yield self.env.timeout(times_s[stage])
-            self._record_stage(batch, stage, start_s)
+            yield self.env.timeout(self.stage_s(batch, stage))
             if stage + 1 < self._num_stages:
-                self._links[stage + 1].put((batch, times_s))
+                self._links[stage + 1].put(batch)
             else:
                 self._complete(batch)
                 self._wake_up()
+            self._record_stage(batch, stage, start_s)
+
+    # -- time -------------------------------------------------------------------------------------------
+
+    def stage_s(self, batch: Batch, stage: int) -> float:
+        """Seconds that ``stage``, about to begin with ``batch``, will take."""
+        shape = batch.tokens, batch.rows, batch.requests
+        if self._num_stages == 1:
+            return self.cost.tokens_s(*shape) + batch.attention_s
+        return self.cost.stage_times_s(*shape, batch.attention_s)[stage]
+
+    def handover_s(self, batch: Batch) -> float:
+        """Seconds to hand the activations of ``batch`` to the next stage."""
+        return self.cost.handover_s(batch.tokens)
 
     # -- bookkeeping ------------------------------------------------------------------------------------
 
@@ -164,6 +171,7 @@ class Replica:
             self._on_finish(request)
 
     def _record_stage(self, batch: Batch, stage: int, start_s: float, steps: int = 1) -> None:
+        """Note that ``stage`` is through with a batch, after all that its end brings has happened."""
         scheduler = self.scheduler
         self.recorder.batch(
             (

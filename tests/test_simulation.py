@@ -186,6 +186,25 @@ def same_records(fast: RunRecords, slow: RunRecords) -> None:
     assert fast.work.kv_tokens_read == slow.work.kv_tokens_read
     one, other = summarize(fast), summarize(slow)
     assert one.get("tbt_s", {}) == pytest.approx(other.get("tbt_s", {}), rel=2e-4)
+    same_batches(fast, slow)
+
+
+def same_batches(fast: RunRecords, slow: RunRecords) -> None:
+    """A row that stands for several steps ends as the last of them does."""
+    places = np.unique(np.stack([slow.batches["replica"], slow.batches["stage"]]), axis=1).T
+    for replica, stage in places.tolist():
+        runs, steps = (
+            {
+                name: column[(records.batches["replica"] == replica) & (records.batches["stage"] == stage)]
+                for name, column in records.batches.items()
+            }
+            for records in (fast, slow)
+        )
+        last = np.cumsum(runs["steps"]) - 1
+        assert last[-1] == len(steps["steps"]) - 1
+        np.testing.assert_allclose(runs["end_s"], steps["end_s"][last], rtol=0, atol=1e-9)
+        for name in ("num_prefills", "prefill_tokens", "num_decodes", "waiting", "kv_used_blocks"):
+            np.testing.assert_array_equal(runs[name], steps[name][last], err_msg=name)
 
 
 @settings(max_examples=60, deadline=None)
