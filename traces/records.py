@@ -76,7 +76,8 @@ class RunRecords:
             slo_class and status (codes), replica (−1 if none), scheduled_s, first_token_s, finished_s,
             preemptions, deadline_s.
         batches: columns of ``BATCH_COLUMNS``, one entry for each batch and stage, or for each run of
-            ``steps`` equal decode batches. ``waiting`` and ``kv_used_blocks`` are as of the batch's end.
+            ``steps`` equal decode batches. ``waiting`` and ``kv_used_blocks`` are as of the batch's end: what
+            finished with it holds none.
         gaps: [k, 4]: runs of gaps between tokens as (first gap in s, growth per step in s, steps, requests).
     """
 
@@ -223,10 +224,13 @@ def write_requests_csv(records: RunRecords, slo_met: NDArray[np.bool_], path: Pa
     _write_csv(path, REQUEST_COLUMNS, zip(*(text[name] for name in REQUEST_COLUMNS), strict=True))
 
 
-def write_batches_csv(records: RunRecords, path: Path) -> None:
+def write_batches_csv(records: RunRecords, path: Path, *, exact: bool = False) -> None:
     """Write ``batches.csv``: one row for each batch and stage; ``steps`` says how many equal decode batches
-    a row stands for."""
-    text = [_cells(records.batches[name]) for name in BATCH_COLUMNS]
+    a row stands for. With ``exact``, times read back are the same to the last bit."""
+    text = [
+        list(map(repr, records.batches[name].tolist())) if exact else _cells(records.batches[name])
+        for name in BATCH_COLUMNS
+    ]
     _write_csv(path, BATCH_COLUMNS, zip(*text, strict=True))
 
 
