@@ -55,10 +55,13 @@ class Experiment:
         return tuple(slo.tpot_s for slo in self.setup.slos)
 
 
-def build(config: Config, where: str) -> Experiment:
+def build(config: Config, where: str, *, simulated: bool = True) -> Experiment:
     """Read the model, the device, the profile and the workload, and check that they go together.
 
-    ``where`` begins every message: the configuration's file.
+    Args:
+        config: the configuration.
+        where: begins every message: the configuration's file.
+        simulated: whether it will be simulated; if not, what only the live runtime does is let through.
 
     Raises:
         InputError: something is missing, doesn't fit or isn't simulated.
@@ -66,7 +69,8 @@ def build(config: Config, where: str) -> Experiment:
     with errors_from(where):
         model, device = get_model(config.model), get_device(config.device)
         parallel = ParallelSpec(**config.parallel.model_dump())
-        check_supported(parallel)
+        if simulated:
+            check_supported(parallel)
         memory = _fit_memory(config, model, device, parallel)
         settings = _scheduler_settings(config)
         workload, closed_loop = build_workload(

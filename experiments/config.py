@@ -11,6 +11,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from policies.priorities import PRIORITIES
 from policies.routers import ROUTERS
@@ -27,7 +28,8 @@ def _whole(value: Any) -> Any:
 Count = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=2**31 - 1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
-Dtype = Literal["bf16", "fp8"]
+Dtype = Literal["bf16", "fp8", "fp32"]
+Latency = Literal["ttft_s", "tpot_s", "tbt_s", "e2e_s"]
 
 
 class Section(BaseModel):
@@ -170,6 +172,45 @@ class DtypeConfig(Section):
     kv: Dtype = "bf16"
 
 
+class LiveConfig(Section):
+    """How the live runtime executes the model, in the number format ``dtype.weight``.
+
+    ``weights`` is a seed or a local Hugging Face folder; ``device`` is where, if not what the device's name
+    says; ``threads`` are torch's in each rank on a CPU; ``timeout_s`` is how long a rank may be silent.
+    """
+
+    device: Literal["cpu", "cuda"] | None = None
+    weights: Annotated[int, Field(ge=0, lt=2**63)] | str = 0
+    attention: str = "auto"
+    threads: Annotated[Count, Field(le=1024)] = 1
+    timeout_s: Positive = 60.0
+
+
+class QuantileTolerance(Section):
+    """Relative errors that are allowed, at the median and at the 90th percentile."""
+
+    p50: Positive = 0.05
+    p90: Positive = 0.15
+
+
+class RequestTolerance(QuantileTolerance):
+    """Those of the requests, for the latencies in ``metrics``; ``noise_factor`` times the difference between
+    live runs is allowed too, if that is larger."""
+
+    p90: Positive = 0.10
+    noise_factor: NotNegative = 1.5
+    metrics: Annotated[list[Latency], Field(min_length=1)] = ["ttft_s", "tpot_s"]
+
+
+class ValidateConfig(Section):
+    """``convoy validate``: live runs, and what each rung of the ladder tolerates."""
+
+    runs: Annotated[Count, Field(le=100)] = 2
+    operator: QuantileTolerance = QuantileTolerance()
+    iteration: QuantileTolerance = QuantileTolerance()
+    request: RequestTolerance = RequestTolerance()
+
+
 class Config(Section):
     """One experiment. ``sweep`` maps dotted keys to the values they take, for ``convoy sweep``."""
 
@@ -185,6 +226,9 @@ class Config(Section):
     slo: SloConfig = SloConfig()
     seed: Annotated[int, BeforeValidator(_whole), Field(ge=0, lt=2**63)] = 0
     stop_s: Positive | None = None
+    live: LiveConfig = LiveConfig()
+    # Not `validate`, which is a method of pydantic's models.
+    validation: Annotated[ValidateConfig, Field(alias="validate")] = ValidateConfig()
     sweep: dict[str, list[Any]] | None = None
 
     @field_validator("sweep")
@@ -236,9 +280,9 @@ def check_path(path: str) -> None:
     parts = path.split(".")
     for depth, part in enumerate(parts):
         section = _section_in(annotation)
-        if section is not None and part not in section.model_fields:
+        if section is not None and part not in _fields(section):
             key = ".".join(parts[: depth + 1])
-            names = tuple(section.model_fields)
+            names = tuple(_fields(section))
             raise ValueError(f"'{key}' is not a key of the configuration{suggestion(part, names)}")
         if section is None and _values_of(annotation) is None:
             raise ValueError(f"'{'.'.join(parts[:depth])}' is a value, so '{path}' is not a key")
@@ -251,13 +295,18 @@ def field_names(location: tuple[int | str, ...]) -> tuple[str, ...]:
     for part in location[:-1]:
         annotation = _below(annotation, str(part))
     section = _section_in(annotation)
-    return tuple(section.model_fields) if section is not None else ()
+    return tuple(_fields(section)) if section is not None else ()
 
 
 def _below(annotation: Any, part: str) -> Any:
     """The annotation of what stands under the key ``part``."""
     section = _section_in(annotation)
-    return section.model_fields[part].annotation if section is not None else _values_of(annotation)
+    return _fields(section)[part].annotation if section is not None else _values_of(annotation)
+
+
+def _fields(section: type[Section]) -> dict[str, FieldInfo]:
+    """The fields of a section by their keys in a configuration."""
+    return {info.alias or name: info for name, info in section.model_fields.items()}
 
 
 def _section_in(annotation: Any) -> type[Section] | None:
@@ -278,7 +327,7 @@ def _values_of(annotation: Any) -> Any:
 
 def dump(config: Config) -> dict[str, Any]:
     """The configuration with all its defaults, as plain data that :mod:`experiments.load` reads again."""
-    data = config.model_dump(mode="json", exclude_none=True)
+    data = config.model_dump(mode="json", exclude_none=True, by_alias=True)
     # In full, so that what a class took from the promise to all stays what it was.
     classes = {name: config.slo.of_class(name).model_dump(mode="json") for name in config.slo.classes}
     data["slo"] |= {"classes": classes}

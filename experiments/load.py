@@ -74,11 +74,23 @@ def validate(data: Mapping[str, Any], where: str, *, folder: Path, changed: Sequ
     Raises:
         InputError: see :func:`load_config`.
     """
+    return _with_absolute_paths(_parse(data, where, changed), where, folder)
+
+
+def read_stored_config(path: Path) -> Config:
+    """The configuration that an earlier run left; the files it names may be gone, or lie elsewhere.
+
+    Raises:
+        InputError: see :func:`load_config`.
+    """
+    return _parse(read_yaml_mapping(path), str(path))
+
+
+def _parse(data: Mapping[str, Any], where: str, changed: Sequence[str] = ()) -> Config:
     try:
-        config = Config.model_validate(data)
+        return Config.model_validate(data)
     except ValidationError as error:
         raise InputError(_one_line(error, where, changed)) from None
-    return _with_absolute_paths(config, where, folder)
 
 
 def dump_yaml(config: Config) -> str:
@@ -172,11 +184,18 @@ def _with_absolute_paths(config: Config, where: str, folder: Path) -> Config:
         if found is None:
             raise InputError(f"{where}: predictor.profile: {_not_found(predictor.profile, folder)}")
         predictor = predictor.model_copy(update={"profile": found})
+    live = config.live
+    if isinstance(live.weights, str):
+        found = _find(live.weights, folder)
+        if found is None:
+            raise InputError(f"{where}: live.weights: {_not_found(live.weights, folder)}")
+        live = live.model_copy(update={"weights": found})
     return config.model_copy(
         update={
             "model": _absolute_if_path(config.model, folder),
             "device": _absolute_if_path(config.device, folder),
             "predictor": predictor,
+            "live": live,
             "workload": workload.model_copy(update={"lengths": lengths}),
         }
     )

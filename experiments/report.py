@@ -11,6 +11,7 @@ from typing import Any
 from experiments.text import number, percent, seconds
 
 _TEMPLATES = Path(__file__).parent / "templates"
+LIVE = "live"  # the predictor_source of a run that nothing was predicted for
 _HOLDS, _MOSTLY = 0.99, 0.90  # shares of requests from which the SLOs count as held, and as mostly held
 
 _LATENCIES = (
@@ -123,7 +124,7 @@ def _throughput(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("requests", f"{summary['num_requests']:,}"),
         ("finished", f"{summary['num_finished']:,}"),
         ("rejected", f"{summary['num_rejected']:,}"),
-        ("simulated time", seconds(summary["duration_s"])),
+        ("time served" if _is_live(summary) else "simulated time", seconds(summary["duration_s"])),
         ("preemptions", f"{summary['preemptions']:,}"),
         ("iterations", f"{summary['iterations']:,}"),
     ]
@@ -144,5 +145,10 @@ def _origin(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("kernel times", str(summary["predictor_source"]).replace("+", " + ")))
     if "extrapolated_time_share" in summary:
         rows.append(("time extrapolated", percent(summary["extrapolated_time_share"])))
-    rows.append(("simulated within", seconds(summary["wall_s"])))
+    if not _is_live(summary):
+        rows.append(("simulated within", seconds(summary["wall_s"])))
     return rows
+
+
+def _is_live(summary: Mapping[str, Any]) -> bool:
+    return summary.get("predictor_source") == LIVE

@@ -1,0 +1,151 @@
+"""The rungs of one validation, each with a verdict: what :mod:`experiments.ladder` measures, judged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from experiments.build import Experiment
+from experiments.config import ValidateConfig
+from experiments.ladder import (
+    BatchTimes,
+    Comparison,
+    IterationErrors,
+    OperatorErrors,
+    batch_times,
+    compare_requests,
+    operator_errors,
+)
+from experiments.live import summarize_live
+from experiments.live_records import LiveRun, fingerprint
+from experiments.text import percent
+from sim.replayed import Parity, replay
+
+Status = Literal["holds", "broken", "unknown"]
+
+DECIDING = ("decisions", "request")
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """One rung: whether it holds, and one line that says why."""
+
+    name: str
+    status: Status
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ladder:
+    """All rungs of one validation, the lowest first, and what they rest on.
+
+    Attributes:
+        operators: of the profile that predicts; empty for a roofline.
+        iterations: of the batches of all live runs together.
+        parities: of each live run.
+        comparisons: the table of the requests.
+    """
+
+    rungs: Sequence[Rung]
+    operators: Sequence[OperatorErrors]
+    iterations: IterationErrors
+    parities: Sequence[Parity]
+    comparisons: Sequence[Comparison]
+
+    @property
+    def passes(self) -> bool:
+        """The decisions and the requests hold; what is unknown doesn't count against it."""
+        return all(rung.status != "broken" for rung in self.rungs if rung.name in DECIDING)
+
+    @property
+    def lowest_broken(self) -> Rung | None:
+        """The rung to blame, if one is."""
+        return next((rung for rung in self.rungs if rung.status == "broken"), None)
+
+
+def climb(experiment: Experiment, simulated: dict[str, Any], runs: Sequence[LiveRun]) -> Ladder:
+    """Judge a simulation, given by its summary, by the live runs of the same experiment."""
+    tolerance = experiment.config.validation
+    workload, setup = experiment.workload, experiment.setup
+    operators = operator_errors(experiment)
+    parts = [batch_times(run, workload, experiment.iteration) for run in runs]
+    iterations = BatchTimes.joined(parts).errors()
+    parities = [replay(workload, with_capacity_of(run, experiment).setup, run.times()) for run in runs]
+    same_cost = all(run.cost in ("", fingerprint(setup.cost)) for run in runs)
+    comparisons = compare_requests(
+        simulated, [summarize_live(run.records, experiment) for run in runs], tolerance.request
+    )
+    rungs = (
+        _operator_rung(operators, tolerance),
+        _iteration_rung(iterations, tolerance),
+        _decision_rung(parities, same_cost),
+        _request_rung(comparisons),
+    )
+    return Ladder(rungs, operators, iterations, parities, comparisons)
+
+
+def with_capacity_of(run: LiveRun, experiment: Experiment) -> Experiment:
+    """The experiment with as much KV cache as the live run had: a device's description may change later."""
+    tokens = run.records.kv_capacity_blocks * run.records.block_tokens
+    return replace(experiment, setup=replace(experiment.setup, kv_capacity_tokens=tokens))
+
+
+def _operator_rung(operators: Sequence[OperatorErrors], tolerance: ValidateConfig) -> Rung:
+    if not operators:
+        return Rung("operator", "unknown", "the predictor was not fitted to measurements")
+    outside = [each for each in operators if not each.within(tolerance.operator)]
+    if not outside:
+        worst = max(operators, key=lambda each: max(-each.low, each.high))
+        return Rung("operator", "holds", f"worst is {_operator_text(worst)}")
+    return Rung("operator", "broken", "; ".join(_operator_text(each) for each in outside))
+
+
+def _operator_text(each: OperatorErrors) -> str:
+    spread = f"nine in ten within {_signed(each.low)} … {_signed(each.high)}"
+    return f"{each.operator}: {_signed(each.median)}, {spread}"
+
+
+def _iteration_rung(iterations: IterationErrors, tolerance: ValidateConfig) -> Rung:
+    total = iterations.total
+    if total is None:
+        return Rung("iteration", "unknown", "no batch took time")
+    status: Status = "holds" if total.within(tolerance.iteration) else "broken"
+    text = f"median error {percent(total.p50)}, p90 {percent(total.p90)}, bias {_signed(total.bias)}"
+    return Rung("iteration", status, f"{text}, over {total.count:,} batches")
+
+
+def _decision_rung(parities: Sequence[Parity], same_cost: bool) -> Rung:
+    for number, parity in enumerate(parities, start=1):
+        if parity.divergence is None:
+            continue
+        text = f"live run {number}, after {parity.batches:,} equal batches: {parity.divergence.what}"
+        if not same_cost:
+            return Rung("decisions", "unknown", f"recorded under another cost model than today's; {text}")
+        return Rung("decisions", "broken", text)
+    batches, tokens = sum(parity.batches for parity in parities), sum(parity.tokens for parity in parities)
+    return Rung("decisions", "holds", f"{batches:,} batches, {tokens:,} tokens: the same, token for token")
+
+
+def _request_rung(comparisons: Sequence[Comparison]) -> Rung:
+    deciding = [each for each in comparisons if each.allowed is not None]
+    if not deciding:
+        return Rung("request", "broken", "there is no latency to compare: no request got that far")
+    outside = [each for each in deciding if not each.passes]
+    shown = outside or [max(deciding, key=lambda each: abs(each.error) / (each.allowed or 1.0))]
+    text = "; ".join(f"{_metric(each.metric)} {each.statistic} {_comparison_text(each)}" for each in shown)
+    return Rung(
+        "request", "broken" if outside else "holds", text if outside else f"nearest to its limit: {text}"
+    )
+
+
+def _comparison_text(each: Comparison) -> str:
+    return f"{_signed(each.error)} (allowed {percent(each.allowed or 0.0)})"
+
+
+def _metric(name: str) -> str:
+    return name.removesuffix("_s").upper()
+
+
+def _signed(share: float) -> str:
+    return f"{100 * share:+.1f} %"
