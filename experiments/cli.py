@@ -1,6 +1,7 @@
 """The command ``convoy``.
 
-Exit status: 0 done, 1 something failed that isn't the user's fault, 2 bad input, 130 stopped by Ctrl-C.
+Exit status: 0 done, 1 something failed that isn't the user's fault or is outside tolerance, 2 bad input, 130
+stopped by Ctrl-C.
 Everything heavy is imported by the command that needs it: ``convoy --help`` answers at once.
 """
 
@@ -80,6 +81,39 @@ def _run(options: argparse.Namespace) -> int:
     )
 
 
+def _live(options: argparse.Namespace) -> int:
+    from experiments.live import live
+    from experiments.run import RunOptions
+
+    return live(
+        RunOptions(
+            config=Path(options.config),
+            overrides=options.set,
+            out=options.out,
+            plots=not options.no_plots,
+            force=options.force,
+            quiet=options.quiet,
+        )
+    )
+
+
+def _validate(options: argparse.Namespace) -> int:
+    from experiments.validate import ValidateOptions, validate
+
+    return validate(
+        ValidateOptions(
+            config=Path(options.config),
+            overrides=options.set,
+            cases=options.case,
+            replay=options.replay,
+            out=options.out,
+            plots=not options.no_plots,
+            force=options.force,
+            quiet=options.quiet,
+        )
+    )
+
+
 def _predict(options: argparse.Namespace) -> int:
     from experiments.predict import PredictOptions, predict
 
@@ -138,11 +172,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="convoy",
         description="Simulates the serving of large language models with long contexts.",
-        epilog="Exit status: 0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C.",
+        epilog="Exit status: 0 done, 1 failed or outside tolerance, 2 bad input, 130 stopped by Ctrl-C.",
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and leave")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_run(commands.add_parser("run", help="simulate a configuration"))
+    _add_live(commands.add_parser("live", help="serve a configuration on the live runtime"))
+    _add_validate(commands.add_parser("validate", help="compare a simulation with live runs, rung by rung"))
     _add_predict(commands.add_parser("predict", help="predict one iteration, operator by operator"))
     _add_train(commands.add_parser("train", help="fit predictors to a profile, show held-out errors"))
     _add_import(commands.add_parser("import", help="turn published kernel times into a profile"))
@@ -166,6 +202,45 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "Simulates a configuration and writes config.yaml, summary.json, requests.csv, timeline.json, plots "
         "and report.html. Ctrl-C keeps what has finished."
     )
+    _add_common(parser)
+    parser.add_argument("--batches", action="store_true", help="write batches.csv as well")
+    parser.add_argument(
+        "--step-by-step", action="store_true", help="take every decode step as an event: slower, same result"
+    )
+    parser.set_defaults(run=_run)
+
+
+def _add_live(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Serves a configuration's workload by the wall clock on the live runtime: real tokens, the same "
+        "scheduler. Writes what `convoy run` writes, and what `convoy validate --replay` reads. Ctrl-C keeps "
+        "what has finished. Runs under torchrun as well."
+    )
+    _add_common(parser)
+    parser.set_defaults(run=_live)
+
+
+def _add_validate(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Serves a configuration live, several times, simulates it, and compares: operators, iterations, "
+        "decisions, requests. Writes the tables, plots, a JUnit file and the live runs."
+    )
+    parser.epilog = (
+        "Exit status: 0 within tolerance, 1 outside, 2 bad input, 130 stopped by Ctrl-C; that keeps what has "
+        "finished."
+    )
+    _add_common(parser)
+    parser.add_argument(
+        "--case", action="append", default=[], metavar="NAME", help="only this case, or those like *.spp2-*"
+    )
+    parser.add_argument(
+        "--replay", metavar="DIR", help="live runs that are on disk already: run nothing, compare with them"
+    )
+    parser.set_defaults(run=_validate)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    """What all commands take that turn a configuration into a folder of results."""
     parser.add_argument("config", metavar="CONFIG.yaml")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY.PATH=VALUE", help=f"change a key: {_CONFIG_HELP}"
@@ -174,13 +249,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--out", metavar="DIR", help="where results go; default out/NAME, or out/NAME-2 … if that is there"
     )
     parser.add_argument("--force", action="store_true", help="let --out replace an earlier run")
-    parser.add_argument("--batches", action="store_true", help="write batches.csv as well")
     parser.add_argument("--no-plots", action="store_true", help="leave the plots out")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
-    parser.add_argument(
-        "--step-by-step", action="store_true", help="take every decode step as an event: slower, same result"
-    )
-    parser.set_defaults(run=_run)
 
 
 def _add_predict(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
+from math import prod
 from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -30,6 +31,9 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Dtype = Literal["bf16", "fp8", "fp32"]
 Latency = Literal["ttft_s", "tpot_s", "tbt_s", "e2e_s"]
+CaseName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_+=,@-]{1,40}$")]
+CaseAxis = Annotated[dict[CaseName, dict[str, Any]], Field(min_length=1)]
+MAX_CASES = 1000
 
 
 class Section(BaseModel):
@@ -203,12 +207,30 @@ class RequestTolerance(QuantileTolerance):
 
 
 class ValidateConfig(Section):
-    """``convoy validate``: live runs, and what each rung of the ladder tolerates."""
+    """``convoy validate``: live runs, and what each rung of the ladder tolerates.
+
+    ``cases`` makes several configurations of one. It is a list of axes; each has names, and what a name
+    changes, by dotted keys. Every combination of a name from each axis is a case.
+    """
 
     runs: Annotated[Count, Field(le=100)] = 2
     operator: QuantileTolerance = QuantileTolerance()
     iteration: QuantileTolerance = QuantileTolerance()
     request: RequestTolerance = RequestTolerance()
+    cases: Annotated[list[CaseAxis], Field(max_length=8)] = []
+
+    @field_validator("cases")
+    @classmethod
+    def _cases_change_known_keys(
+        cls, axes: list[dict[str, dict[str, Any]]]
+    ) -> list[dict[str, dict[str, Any]]]:
+        if prod(len(axis) for axis in axes) > MAX_CASES:
+            raise ValueError(f"that makes more than {MAX_CASES} cases")
+        for path in (path for axis in axes for changes in axis.values() for path in changes):
+            check_path(path)
+            if path.partition(".")[0] in ("name", "sweep") or path.startswith("validate.cases"):
+                raise ValueError(f"a case can't change '{path}'")
+        return axes
 
 
 class Config(Section):

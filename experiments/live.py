@@ -54,7 +54,7 @@ def live(options: RunOptions) -> int:
     if config.sweep:
         raise InputError(f"{where}: sweep: take it out to serve a single configuration live")
     folder = choose_folder(options.out, config.name, force=options.force)
-    experiment = build(config, where, simulated=False)
+    experiment = build(config, where)
     with (
         errors_from(where),
         progress_bar(experiment.workload, config.stop_s, quiet=options.quiet, live=True) as bar,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -43,8 +44,12 @@ _WHAT_TO_GIVE = {
 }
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: Path, overrides: Sequence[str] = (), changes: Mapping[str, Any] = MappingProxyType({})
+) -> Config:
     """Read a configuration; each override is ``key.path=value`` with a YAML value.
+
+    ``changes``, values by dotted keys, come before them and count as the file's own.
 
     Paths in it (traces, models, devices, profiles) that are relative are looked for in the current folder
     first and then in the configuration's, and become absolute, so that the configuration can be stored
@@ -54,6 +59,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         InputError: one line with the file (or ``--set``) and the key, what is wrong and what would be right.
     """
     data = read_yaml_mapping(path)
+    for key, value in changes.items():
+        try:
+            data = merged(data, key, value)
+        except ValueError as error:
+            raise InputError(f"{path}: {key}: {error}") from None
     changed: list[str] = []
     for override in overrides:
         key, value = _parse_override(override)

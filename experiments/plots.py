@@ -46,6 +46,11 @@ def draw_plots(data: PlotData) -> dict[str, bytes]:
     return {stem: _png(title, drawings[stem]) for stem, title in TITLES.items() if stem in drawings}
 
 
+def draw_cdf(title: str, curves: list[Cdf], what: str) -> bytes:
+    """A PNG image of some distributions of one latency, ``what``."""
+    return _png(title, lambda figure: _cdf(figure, curves, what))
+
+
 def _png(title: str, draw: Callable[[Figure], None]) -> bytes:
     figure = Figure(figsize=(7.2, 4.0), dpi=_DPI, facecolor="white")
     FigureCanvasAgg(figure)

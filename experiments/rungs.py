@@ -102,8 +102,8 @@ def _operator_rung(operators: Sequence[OperatorErrors], tolerance: ValidateConfi
 
 
 def _operator_text(each: OperatorErrors) -> str:
-    spread = f"nine in ten within {_signed(each.low)} … {_signed(each.high)}"
-    return f"{each.operator}: {_signed(each.median)}, {spread}"
+    spread = f"nine in ten within {signed(each.low)} … {signed(each.high)}"
+    return f"{each.operator}: {signed(each.median)}, {spread}"
 
 
 def _iteration_rung(iterations: IterationErrors, tolerance: ValidateConfig) -> Rung:
@@ -111,7 +111,7 @@ def _iteration_rung(iterations: IterationErrors, tolerance: ValidateConfig) -> R
     if total is None:
         return Rung("iteration", "unknown", "no batch took time")
     status: Status = "holds" if total.within(tolerance.iteration) else "broken"
-    text = f"median error {percent(total.p50)}, p90 {percent(total.p90)}, bias {_signed(total.bias)}"
+    text = f"median error {percent(total.p50)}, p90 {percent(total.p90)}, bias {signed(total.bias)}"
     return Rung("iteration", status, f"{text}, over {total.count:,} batches")
 
 
@@ -140,12 +140,13 @@ def _request_rung(comparisons: Sequence[Comparison]) -> Rung:
 
 
 def _comparison_text(each: Comparison) -> str:
-    return f"{_signed(each.error)} (allowed {percent(each.allowed or 0.0)})"
+    return f"{signed(each.error)} (allowed {percent(each.allowed or 0.0)})"
 
 
 def _metric(name: str) -> str:
     return name.removesuffix("_s").upper()
 
 
-def _signed(share: float) -> str:
+def signed(share: float) -> str:
+    """A share as a percentage with its sign."""
     return f"{100 * share:+.1f} %"

@@ -82,6 +82,24 @@ def plot_data(records: RunRecords, slos: Sequence[Slo]) -> PlotData:
     )
 
 
+def cdf(label: str, values: FloatArray, target_s: float | None = None) -> Cdf | None:
+    """The distribution of the values that are there; None if none is."""
+    chosen = np.sort(values[~np.isnan(values)])
+    if len(chosen) == 0:
+        return None
+    ranks = np.unique(np.linspace(0, len(chosen) - 1, min(CDF_POINTS, len(chosen))).astype(np.int64))
+    return Cdf(label, chosen[ranks], (ranks + 1) / len(chosen), target_s)
+
+
+def gap_cdf(label: str, gaps: FloatArray) -> Cdf | None:
+    """The distribution of the gaps between tokens, given as in ``RunRecords.gaps``; None if there is none."""
+    first, growth, steps, requests = gaps.T
+    lengths = steps.astype(np.int64)
+    place = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    values = np.repeat(first, lengths) + place * np.repeat(growth, lengths)
+    return cdf(label, np.repeat(values, np.repeat(requests.astype(np.int64), lengths)))
+
+
 def sample_plot_data() -> PlotData:
     """A little of everything there is to draw."""
     values = np.array([0.01, 0.1, 1.0])
@@ -95,11 +113,9 @@ def _cdfs(records: RunRecords, values: FloatArray, targets_s: Sequence[float | N
     codes = records.requests["slo_class"]
     result = []
     for code, name in enumerate(records.slo_names[:MAX_CLASSES]):
-        chosen = np.sort(values[(codes == code) & ~np.isnan(values)])
-        if len(chosen) == 0:
-            continue
-        ranks = np.unique(np.linspace(0, len(chosen) - 1, min(CDF_POINTS, len(chosen))).astype(np.int64))
-        result.append(Cdf(name, chosen[ranks], (ranks + 1) / len(chosen), targets_s[code]))
+        curve = cdf(name, values[codes == code], targets_s[code])
+        if curve is not None:
+            result.append(curve)
     return result
 
 

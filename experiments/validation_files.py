@@ -1,0 +1,185 @@
+"""What ``convoy validate`` writes: the verdict as JSON and JUnit, the plots, and all that they rest on."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from experiments.build import Experiment
+from experiments.live import summarize_live, write_live
+from experiments.live_records import LiveRun
+from experiments.load import dump_yaml
+from experiments.run import summarize_run
+from experiments.rungs import DECIDING, Ladder
+from experiments.series import cdf, gap_cdf
+from traces.metrics import slo_met
+from traces.records import RunRecords, write_requests_csv
+
+_WHAT = {
+    "ttft": ("Time to first token", "time to first token"),
+    "tpot": ("Time per output token", "time per output token"),
+    "tbt": ("Time between tokens", "time between two tokens"),
+    "e2e": ("End to end", "arrival to last token"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one case.
+
+    Attributes:
+        runs: live runs that were finished.
+        cut_short: the live run that Ctrl-C ended, if one was under way.
+        simulated: the simulation; None if there is no live run to compare it with.
+        ladder: the comparison; None likewise.
+        failure: why the live runtime gave up, in one line.
+        replayed: whether the live runs were read from disk.
+    """
+
+    name: str
+    experiment: Experiment
+    runs: Sequence[LiveRun]
+    cut_short: LiveRun | None
+    simulated: RunRecords | None
+    ladder: Ladder | None
+    failure: str | None
+    interrupted: bool
+    replayed: bool
+
+    @property
+    def passes(self) -> bool:
+        """Within tolerance, and with as many live runs as were asked for."""
+        return not self.interrupted and self.ladder is not None and self.ladder.passes
+
+
+def write_case(folder: Path, outcome: Outcome, *, plots: bool) -> None:
+    """Write config.yaml, summary.json, junit.xml, plots, the simulation's requests and the live runs.
+
+    Live runs that were replayed are not copied.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    experiment = outcome.experiment
+    (folder / "config.yaml").write_text(dump_yaml(experiment.config), encoding="utf-8")
+    _write_json(folder / "summary.json", verdict_data(outcome))
+    _write_junit(folder / "junit.xml", [outcome])
+    if not outcome.replayed:
+        kept = [*outcome.runs, *([outcome.cut_short] if outcome.cut_short is not None else [])]
+        for number, run in enumerate(kept, start=1):
+            live = folder / f"live-{number}"
+            live.mkdir()
+            write_live(live, run, experiment, summarize_live(run.records, experiment))
+    if outcome.simulated is not None:
+        simulated = folder / "simulated"
+        simulated.mkdir()
+        _write_json(simulated / "summary.json", summarize_run(outcome.simulated, experiment))
+        met = slo_met(outcome.simulated, experiment.tpot_targets_s)
+        write_requests_csv(outcome.simulated, met, simulated / "requests.csv")
+        if plots:
+            _write_plots(folder / "plots", outcome.simulated, outcome.runs)
+
+
+def write_set(folder: Path, name: str, outcomes: Sequence[Outcome]) -> None:
+    """Write summary.json, junit.xml and config.yaml of several cases; each has a folder of its own below."""
+    _write_json(
+        folder / "summary.json",
+        {
+            "passes": all(outcome.passes for outcome in outcomes),
+            "cases": {outcome.name: verdict_data(outcome) for outcome in outcomes},
+        },
+    )
+    _write_junit(folder / "junit.xml", outcomes)
+    names = "".join(f"#   {outcome.name}/config.yaml\n" for outcome in outcomes)
+    text = f"# The cases of {name}, each as it was validated:\n{names}"
+    (folder / "config.yaml").write_text(text, encoding="utf-8")
+
+
+def verdict_data(outcome: Outcome) -> dict[str, Any]:
+    """The verdict on one case as plain data; an error without bound is null."""
+    data: dict[str, Any] = {"passes": outcome.passes, "live_runs": len(outcome.runs)}
+    if outcome.interrupted:
+        data["interrupted"] = True
+    if outcome.failure is not None:
+        data["failure"] = outcome.failure
+    ladder = outcome.ladder
+    if ladder is not None:
+        blamed = ladder.lowest_broken
+        data |= {
+            "lowest_broken_rung": None if blamed is None else blamed.name,
+            "rungs": [asdict(rung) for rung in ladder.rungs],
+            "requests": [asdict(each) | {"passes": each.passes} for each in ladder.comparisons],
+            "iterations": asdict(ladder.iterations),
+            "operators": [asdict(each) for each in ladder.operators],
+            "decisions": [asdict(each) for each in ladder.parities],
+        }
+    finite: dict[str, Any] = _finite(data)
+    return finite
+
+
+def _finite(value: Any) -> Any:
+    """The same data with None for numbers that JSON doesn't have."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _write_junit(path: Path, outcomes: Sequence[Outcome]) -> None:
+    """One suite a case, one test a rung. A rung that is unknown, or broken and doesn't decide, is skipped."""
+    root = ElementTree.Element("testsuites", name="convoy validate")
+    for outcome in outcomes:
+        suite = ElementTree.SubElement(root, "testsuite", name=outcome.name)
+        counts = {"tests": 0, "failures": 0, "errors": 0, "skipped": 0}
+        for name, kind, text in _tests(outcome):
+            test = ElementTree.SubElement(suite, "testcase", classname=outcome.name, name=name)
+            counts["tests"] += 1
+            if kind == "":
+                ElementTree.SubElement(test, "system-out").text = text
+                continue
+            counts[{"failure": "failures", "error": "errors", "skipped": "skipped"}[kind]] += 1
+            ElementTree.SubElement(test, kind, message=text)
+        for key, count in counts.items():
+            suite.set(key, str(count))
+    ElementTree.indent(root)
+    ElementTree.ElementTree(root).write(path, encoding="utf-8", xml_declaration=True)
+
+
+def _tests(outcome: Outcome) -> list[tuple[str, str, str]]:
+    """The rungs as (name, kind of what is wrong or nothing, text)."""
+    if outcome.ladder is None:
+        kind, text = ("error", outcome.failure) if outcome.failure else ("error", "interrupted")
+        return [("live runs", kind, text)]
+    tests = []
+    for rung in outcome.ladder.rungs:
+        broken = "failure" if rung.name in DECIDING else "skipped"
+        kind = {"holds": "", "broken": broken, "unknown": "skipped"}[rung.status]
+        tests.append((rung.name, kind, rung.text))
+    if outcome.interrupted:
+        tests.append(("live runs", "error", "interrupted"))
+    return tests
+
+
+def _write_plots(folder: Path, simulated: RunRecords, runs: Sequence[LiveRun]) -> None:
+    """A CDF of each latency, the simulation beside the live runs."""
+    from experiments.plots import draw_cdf
+
+    folder.mkdir()
+    sides = [("simulated", simulated)]
+    sides += [(f"live run {number}", run.records) for number, run in enumerate(runs, start=1)]
+    for name, (title, what) in _WHAT.items():
+        found = [
+            gap_cdf(label, records.gaps) if name == "tbt" else cdf(label, getattr(records, f"{name}_s"))
+            for label, records in sides
+        ]
+        curves = [curve for curve in found if curve is not None]
+        if curves:
+            (folder / f"{name}_cdf.png").write_bytes(draw_cdf(title, curves, what))

@@ -1,0 +1,104 @@
+"""A validation on the screen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.ladder import Comparison, ErrorSummary
+from experiments.live import describe_runtime
+from experiments.rungs import Ladder, signed
+from experiments.tables import print_table
+from experiments.text import percent, seconds
+from experiments.validation_files import Outcome
+
+_NUMBERS = ("simulated", "live", "error", "live noise", "allowed", "batches", "median", "p90", "bias")
+
+
+def print_outcome(outcome: Outcome) -> None:
+    """The table of the requests, the batches by kind, the rungs and the verdict of one case."""
+    ladder = outcome.ladder
+    runs = f"{len(outcome.runs)} live run{'s' if len(outcome.runs) != 1 else ''}"
+    if outcome.replayed:
+        runs += " from disk"
+    title = f"{outcome.name}: simulated against {runs} ({describe_runtime(outcome.experiment)})"
+    if ladder is not None:
+        print_table(
+            ("latency", "", "simulated", "live", "error", "live noise", "allowed", ""),
+            [_comparison(each) for each in ladder.comparisons],
+            title=title,
+            right=_NUMBERS,
+        )
+        print()
+        kinds = [*ladder.iterations.by_kind.items(), ("all", ladder.iterations.total)]
+        rows = [_batches(name, errors) for name, errors in kinds if errors is not None]
+        print_table(("batches of", "batches", "median", "p90", "bias"), rows, right=_NUMBERS)
+        print()
+        print_table(("rung", "", ""), [(rung.name, rung.status, rung.text) for rung in ladder.rungs])
+        print()
+    print(f"{outcome.name}: {verdict(outcome)}\n")
+
+
+def print_outcomes(outcomes: Sequence[Outcome], asked: int, folder: Path) -> None:
+    """All cases in one table, if there are several, and where the files are."""
+    if asked > 1:
+        header = ("case", "TTFT p50", "TTFT p90", "TPOT p50", "TPOT p90", "batches, bias", "")
+        print_table(header, [_line(outcome) for outcome in outcomes], right=header[1:-1])
+        passed = sum(outcome.passes for outcome in outcomes)
+        print(f"\n{passed} of {asked} cases within tolerance")
+    print(f"Written to {folder}")
+
+
+def verdict(outcome: Outcome) -> str:
+    """One sentence; of a validation that fails, it names the lowest rung that is broken."""
+    if outcome.failure is not None:
+        return f"no verdict: {outcome.failure}"
+    ladder = outcome.ladder
+    if ladder is None:
+        return "no verdict: interrupted before a live run was finished"
+    text = _of_ladder(ladder)
+    return f"interrupted; so far {text}" if outcome.interrupted else text
+
+
+def _of_ladder(ladder: Ladder) -> str:
+    blamed = ladder.lowest_broken
+    if ladder.passes:
+        if blamed is None:
+            return "within tolerance on every rung"
+        return f"within tolerance; yet the {blamed.name} rung is outside its own ({blamed.text})"
+    assert blamed is not None
+    broken = ", ".join(rung.name for rung in ladder.rungs if rung.status == "broken")
+    return f"outside tolerance ({broken}); the rung to look at is {blamed.name}: {blamed.text}"
+
+
+def _comparison(each: Comparison) -> tuple[str, ...]:
+    return (
+        each.metric.removesuffix("_s").upper() if each.statistic == "mean" else "",
+        each.statistic,
+        seconds(each.simulated_s),
+        seconds(each.live_s),
+        signed(each.error),
+        "" if each.noise is None else percent(each.noise),
+        "" if each.allowed is None else percent(each.allowed),
+        "" if each.allowed is None else "ok" if each.passes else "outside",
+    )
+
+
+def _batches(name: str, errors: ErrorSummary) -> tuple[str, ...]:
+    return name, f"{errors.count:,}", percent(errors.p50), percent(errors.p90), signed(errors.bias)
+
+
+def _line(outcome: Outcome) -> tuple[str, ...]:
+    ladder = outcome.ladder
+    if ladder is None:
+        return outcome.name, *[""] * 5, verdict(outcome)
+    errors = {(each.metric, each.statistic): each for each in ladder.comparisons}
+    cells = []
+    for metric in ("ttft_s", "tpot_s"):
+        for statistic in ("p50", "p90"):
+            each = errors.get((metric, statistic))
+            cells.append("" if each is None else signed(each.error) + ("" if each.passes else " !"))
+    total = ladder.iterations.total
+    blamed = ladder.lowest_broken
+    word = "holds" if outcome.passes else f"outside: {blamed.name}" if blamed is not None else "interrupted"
+    return outcome.name, *cells, "" if total is None else signed(total.bias), word
