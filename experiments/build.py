@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from experiments.config import Config, SloClassConfig, suggestion
 from policies.priorities import find_priority
 from policies.scheduler import SchedulerSettings
+from policies.sharding import Sharding
 from policies.slo import Slo, TtftTarget
 from profiler.iteration import HostOverhead, IterationModel
 from profiler.kernels import load_kernels
@@ -55,13 +57,10 @@ class Experiment:
         return tuple(slo.tpot_s for slo in self.setup.slos)
 
 
-def build(config: Config, where: str, *, simulated: bool = True) -> Experiment:
+def build(config: Config, where: str) -> Experiment:
     """Read the model, the device, the profile and the workload, and check that they go together.
 
-    Args:
-        config: the configuration.
-        where: begins every message: the configuration's file.
-        simulated: whether it will be simulated; if not, what only the live runtime does is let through.
+    ``where`` begins every message: the configuration's file.
 
     Raises:
         InputError: something is missing, doesn't fit or isn't simulated.
@@ -69,8 +68,7 @@ def build(config: Config, where: str, *, simulated: bool = True) -> Experiment:
     with errors_from(where):
         model, device = get_model(config.model), get_device(config.device)
         parallel = ParallelSpec(**config.parallel.model_dump())
-        if simulated:
-            check_supported(parallel)
+        check_sharding(parallel, config.scheduler.kv.block_tokens)
         memory = _fit_memory(config, model, device, parallel)
         settings = _scheduler_settings(config)
         workload, closed_loop = build_workload(
@@ -82,7 +80,8 @@ def build(config: Config, where: str, *, simulated: bool = True) -> Experiment:
             Path(),
         )
         slos = _slos(config, workload.slo_names)
-        notes = _check_lengths(workload, model, memory)
+        sharding = Sharding(parallel.kvp, parallel.kvp_tokens_per_group)
+        notes = _check_lengths(workload, model, memory, sharding)
         iteration = _iteration_model(config, model, device, parallel, workload)
         scheduler = config.scheduler
         setup = Setup(
@@ -90,6 +89,7 @@ def build(config: Config, where: str, *, simulated: bool = True) -> Experiment:
             kv_capacity_tokens=memory.kv_capacity_tokens,
             scheduler=settings,
             replicas=parallel.replicas,
+            sharding=sharding,
             slos=slos,
             router=scheduler.router,
             length_threshold_tokens=scheduler.length_threshold_tokens,
@@ -111,15 +111,18 @@ def errors_from(where: str) -> Iterator[None]:
         raise InputError(f"{where}: {error}") from None
 
 
-def check_supported(parallel: ParallelSpec) -> None:
-    """Refuse what the simulator doesn't do.
+def check_sharding(parallel: ParallelSpec, block_tokens: int) -> None:
+    """Refuse a KV cache that would be cut within a block.
 
     Raises:
-        InputError: naming the key.
+        InputError: naming the key, and the nearest size that would do.
     """
-    if parallel.kvp > 1:
+    tokens = parallel.kvp_tokens_per_group
+    if parallel.kvp > 1 and tokens % block_tokens:
+        nearest = max(round(tokens / block_tokens), 1) * block_tokens
         raise InputError(
-            f"parallel.kvp: {parallel.kvp} is not simulated; kvp must be 1 (tp and spp may be more)"
+            f"parallel.kvp_tokens_per_group: {tokens} is no multiple of scheduler.kv.block_tokens "
+            f"({block_tokens}); {nearest} would be"
         )
 
 
@@ -167,6 +170,8 @@ def _iteration_model(
         weight_dtype=config.dtype.weight,
         kv_dtype=config.dtype.kv,
         profile=None if config.predictor.profile is None else Path(config.predictor.profile),
+        model=model,
+        tp=parallel.tp,
     )
     scheduler = config.scheduler
     longest_chunk = max(scheduler.max_chunk_tokens, scheduler.chunk_tokens)
@@ -198,23 +203,25 @@ def _slo(promise: SloClassConfig) -> Slo:
     return Slo(TtftTarget(promise.ttft.multiplier, promise.ttft.floor_s), promise.tpot_s)
 
 
-def _check_lengths(workload: Workload, model: ModelSpec, memory: MemoryFit) -> tuple[str, ...]:
+def _check_lengths(
+    workload: Workload, model: ModelSpec, memory: MemoryFit, sharding: Sharding
+) -> tuple[str, ...]:
     """Notes on requests that are too long for the KV cache or for the model; an error if all are."""
     longest = workload.prompt_tokens.astype(np.int64) + workload.output_tokens
     capacity = memory.kv_capacity_tokens
-    over = int(np.count_nonzero(longest - 1 > capacity))
+    over = int(np.count_nonzero(_largest_shard(longest - 1, sharding) > capacity))
     of_all = f"of {len(longest):,} requests"
     if over == len(longest):
         raise InputError(
-            f"workload.lengths: the KV cache of a replica holds {capacity:,} tokens, and even the shortest "
-            f"request needs {int(longest.min()) - 1:,}; give a replica more GPUs (parallel.tp, parallel.spp) "
-            "or take kv: fp8 in dtype"
+            f"workload.lengths: the KV cache of {_holder(sharding)} holds {capacity:,} tokens, and even the "
+            f"shortest request has {int(_largest_shard(longest - 1, sharding).min()):,} there; give it more "
+            "GPUs (parallel.tp, parallel.spp), or take kv: fp8 in dtype"
         )
     notes = []
     if over:
         notes.append(
-            f"{over:,} {of_all} are longer than the {capacity:,} tokens that a replica's KV cache holds; "
-            "they are rejected."
+            f"{over:,} {of_all} need more than the {capacity:,} tokens that the KV cache of "
+            f"{_holder(sharding)} holds; they are rejected."
         )
     beyond = int(np.count_nonzero(longest > model.max_context_tokens))
     if beyond:
@@ -225,3 +232,13 @@ def _check_lengths(workload: Workload, model: ModelSpec, memory: MemoryFit) -> t
     if workload.prefix is not None:
         notes.append("Prefixes that requests share are not reused: every prompt is computed in full.")
     return tuple(notes)
+
+
+def _holder(sharding: Sharding) -> str:
+    return "a replica" if sharding.groups == 1 else "a KVP group"
+
+
+def _largest_shard(tokens: NDArray[np.int64], sharding: Sharding) -> NDArray[np.int64]:
+    """The most tokens that any group holds of requests with so many tokens each."""
+    full = (sharding.groups - 1) * sharding.tokens_per_group
+    return np.maximum(np.minimum(tokens, sharding.tokens_per_group) if full else tokens, tokens - full)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from policies.decode_pool import DecodePool
@@ -21,59 +22,98 @@ class Chunk(NamedTuple):
         return self.context + self.tokens == self.request.prefill_tokens
 
 
-class Batch:
-    """A batch, with the sums a cost model asks for.
+class Load:
+    """What one KVP group executes of a batch, with the sums a cost model asks for.
 
     Attributes:
-        chunks: prefill chunks, in the order they were chosen.
-        pool: the decodes, one token each; None without decodes.
         tokens: tokens in the batch, decodes included.
         rows: tokens that reach the LM head: every decode, and every chunk that ends its prefill.
         requests: requests in the batch.
-        attention_s: predicted attention time of the batch over all layers, seconds.
+        num_chunks: of them, prefill chunks.
+        num_decodes: of them, decodes.
         decode_context: tokens the decodes attend to in their KV caches, at the batch's first step.
+        attention_s: predicted attention time over all layers, seconds; merges between groups included.
     """
 
     __slots__ = (
         "attention_s",
-        "chunks",
         "decode_context",
-        "formed_s",
-        "id",
+        "num_chunks",
         "num_decodes",
-        "pool",
         "requests",
         "rows",
         "tokens",
     )
 
-    def __init__(self, id: int, formed_s: float) -> None:
-        self.id = id
-        self.formed_s = formed_s
-        self.chunks: list[Chunk] = []
-        self.pool: DecodePool | None = None
-        self.num_decodes = 0
-        self.decode_context = 0
+    def __init__(self) -> None:
         self.tokens = 0
         self.rows = 0
         self.requests = 0
+        self.num_chunks = 0
+        self.num_decodes = 0
+        self.decode_context = 0
         self.attention_s = 0.0
+
+    def count_chunk(self, tokens: int, rows: int, attention_s: float) -> None:
+        """Add a chunk, ``rows`` of whose tokens reach the LM head here."""
+        self.tokens += tokens
+        self.rows += rows
+        self.requests += 1
+        self.num_chunks += 1
+        self.attention_s += attention_s
+
+    def count_decodes(self, decodes: int, rows: int, context: int, attention_s: float) -> None:
+        """Add ``decodes`` decodes that attend to ``context`` cached tokens here."""
+        self.tokens += decodes
+        self.rows += rows
+        self.requests += decodes
+        self.num_decodes += decodes
+        self.decode_context += context
+        self.attention_s += attention_s
+
+
+class Batch(Load):
+    """A batch. As a load it is the sum of what all its requests bring, each token counted once.
+
+    Attributes:
+        chunks: prefill chunks, in the order they were chosen.
+        pools: the decodes, one token each.
+        loads: what each KVP group executes; without KV-cache parallelism that is the batch itself.
+    """
+
+    __slots__ = ("_group_loads", "chunks", "formed_s", "id", "pools")
+
+    def __init__(self, id: int, formed_s: float, groups: int = 1) -> None:
+        super().__init__()
+        self.id = id
+        self.formed_s = formed_s
+        self.chunks: list[Chunk] = []
+        self.pools: list[DecodePool] = []
+        self._group_loads = tuple(Load() for _ in range(groups)) if groups > 1 else None
+
+    @property
+    def loads(self) -> tuple[Load, ...]:
+        return self._group_loads or (self,)
 
     @property
     def prefill_tokens(self) -> int:
         """Prompt tokens in the batch."""
         return self.tokens - self.num_decodes
 
+    def decodes(self) -> Iterator[Request]:
+        """The requests that decode in the batch."""
+        for pool in self.pools:
+            yield from pool.members.values()
+
     @property
     def slices(self) -> list[tuple[Request, int]]:
         """The batch as (request, tokens), chunks first; what a runtime executes."""
-        decodes = self.pool.members.values() if self.pool is not None else ()
-        return [(chunk.request, chunk.tokens) for chunk in self.chunks] + [(r, 1) for r in decodes]
+        return [(chunk.request, chunk.tokens) for chunk in self.chunks] + [(r, 1) for r in self.decodes()]
 
     def gaps(self, end_s: float) -> list[tuple[float, int]]:
         """Times between two tokens of a request that the batch makes by ending at ``end_s``, as (seconds,
         requests): those of its decodes, and of preempted requests whose recomputation ends with it."""
-        gaps = self.pool.gaps(end_s) if self.pool is not None else []
+        gaps = [gap for pool in self.pools for gap in pool.gaps(end_s)]
         gaps += [
             (end_s - chunk.request.last_token_s, 1)
             for chunk in self.chunks
@@ -84,18 +124,10 @@ class Batch:
     def add_chunk(self, chunk: Chunk, attention_s: float) -> None:
         """Add a chunk whose attention is predicted to take ``attention_s`` seconds."""
         self.chunks.append(chunk)
-        self.tokens += chunk.tokens
-        self.requests += 1
-        self.rows += chunk.is_last
-        self.attention_s += attention_s
+        self.count_chunk(chunk.tokens, chunk.is_last, attention_s)
 
     def add_decodes(self, pool: DecodePool, attention_s: float) -> None:
         """Add every member of ``pool``."""
         decodes = len(pool.members)
-        self.pool = pool
-        self.num_decodes = decodes
-        self.decode_context = pool.total_context
-        self.tokens += decodes
-        self.rows += decodes
-        self.requests += decodes
-        self.attention_s += attention_s
+        self.pools.append(pool)
+        self.count_decodes(decodes, decodes, pool.total_context, attention_s)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from policies.batch import Batch
+from policies.batch import Load
 from policies.cost import MIN_CHUNK_TOKENS, CostModel, largest_chunk
 from policies.request import Request
 
@@ -12,12 +12,12 @@ from policies.request import Request
 class Chunking(Protocol):
     """Decides the size of chunks, one at a time, as a batch is filled."""
 
-    def is_full(self, batch: Batch) -> bool:
+    def is_full(self, load: Load) -> bool:
         """Whether no further chunk need be tried."""
         ...
 
-    def chunk_tokens(self, request: Request, batch: Batch, yield_fraction: float) -> int:
-        """Tokens of ``request`` to add to ``batch``; 0 when it doesn't fit.
+    def chunk_tokens(self, request: Request, load: Load, yield_fraction: float) -> int:
+        """Tokens of ``request`` to add to ``load``; 0 when it doesn't fit.
 
         ``yield_fraction`` is the share of the iteration that the request leaves to others.
         """
@@ -30,12 +30,12 @@ class WholePrompts:
     def __init__(self, max_batch_tokens: int) -> None:
         self.max_batch_tokens = max_batch_tokens
 
-    def is_full(self, batch: Batch) -> bool:
-        return batch.tokens >= self.max_batch_tokens
+    def is_full(self, load: Load) -> bool:
+        return load.tokens >= self.max_batch_tokens
 
-    def chunk_tokens(self, request: Request, batch: Batch, yield_fraction: float) -> int:
+    def chunk_tokens(self, request: Request, load: Load, yield_fraction: float) -> int:
         tokens = request.remaining_prefill_tokens
-        if batch.chunks and batch.tokens + tokens > self.max_batch_tokens:
+        if load.num_chunks and load.tokens + tokens > self.max_batch_tokens:
             return 0
         return tokens
 
@@ -46,11 +46,11 @@ class StaticChunks:
     def __init__(self, chunk_tokens: int) -> None:
         self.budget_tokens = chunk_tokens
 
-    def is_full(self, batch: Batch) -> bool:
-        return batch.tokens >= self.budget_tokens
+    def is_full(self, load: Load) -> bool:
+        return load.tokens >= self.budget_tokens
 
-    def chunk_tokens(self, request: Request, batch: Batch, yield_fraction: float) -> int:
-        room = max(1, int((1.0 - yield_fraction) * self.budget_tokens)) - batch.tokens
+    def chunk_tokens(self, request: Request, load: Load, yield_fraction: float) -> int:
+        room = max(1, int((1.0 - yield_fraction) * self.budget_tokens)) - load.tokens
         return max(0, min(request.remaining_prefill_tokens, room))
 
 
@@ -71,18 +71,18 @@ class AdaptiveChunks:
         self.max_chunk_tokens = max_chunk_tokens
         self.max_batch_tokens = max_batch_tokens
 
-    def is_full(self, batch: Batch) -> bool:
-        if not batch.chunks:
+    def is_full(self, load: Load) -> bool:
+        if not load.num_chunks:
             return False
-        if batch.tokens >= self.max_batch_tokens:
+        if load.tokens >= self.max_batch_tokens:
             return True
-        predicted_s = self._cost.tokens_s(batch.tokens, batch.rows, batch.requests) + batch.attention_s
+        predicted_s = self._cost.tokens_s(load.tokens, load.rows, load.requests) + load.attention_s
         return predicted_s >= self.FULL * self.target_s
 
-    def chunk_tokens(self, request: Request, batch: Batch, yield_fraction: float) -> int:
+    def chunk_tokens(self, request: Request, load: Load, yield_fraction: float) -> int:
         remaining = request.remaining_prefill_tokens
-        room = max(self.max_batch_tokens - batch.tokens, 0)
-        if not batch.chunks:
+        room = max(self.max_batch_tokens - load.tokens, 0)
+        if not load.num_chunks:
             room = max(room, 1)
         available = min(remaining, self.max_chunk_tokens, room)
         if available == 0:
@@ -92,11 +92,11 @@ class AdaptiveChunks:
             context=request.scheduled_tokens,
             available=available,
             budget_s=(1.0 - yield_fraction) * self.target_s,
-            tokens=batch.tokens,
-            rows=batch.rows,
-            requests=batch.requests,
-            attention_s=batch.attention_s,
+            tokens=load.tokens,
+            rows=load.rows,
+            requests=load.requests,
+            attention_s=load.attention_s,
         )
-        if chunk == 0 and not batch.chunks:
+        if chunk == 0 and not load.num_chunks:
             chunk = min(available, MIN_CHUNK_TOKENS)
         return chunk

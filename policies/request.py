@@ -30,6 +30,7 @@ class Request:
         "completed_tokens",
         "deadline_s",
         "first_token_s",
+        "home",
         "id",
         "kv_blocks",
         "last_token_s",
@@ -41,6 +42,7 @@ class Request:
         "prompt_tokens",
         "scheduled_s",
         "scheduled_tokens",
+        "shards",
         "slo_class",
         "work_s",
     )
@@ -71,6 +73,8 @@ class Request:
         self.last_token_s = NOT_YET  # settled while outside a decode pool; inside, the pool knows
         self.preemptions = 0
         self.kv_blocks = 0  # blocks it holds, as of its entry into the decode pool
+        self.home = 0  # KVP group of its first tokens
+        self.shards = 1  # KVP groups that it will have taken when it is finished
         self.pool: DecodePool | None = None
         self.pool_entry_step = 0
         self._generated = 0

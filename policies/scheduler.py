@@ -15,14 +15,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from policies.batch import Batch, Chunk
+from policies.batch import Batch, Chunk, Load
 from policies.chunking import AdaptiveChunks, Chunking, StaticChunks, WholePrompts
 from policies.cost import CostModel, PrefillWork
 from policies.decode_pool import DecodePool
-from policies.kv_cache import KVCache
+from policies.kv_cache import GroupedKVCache
+from policies.lane import Lane
+from policies.placement import PendingWork
 from policies.priorities import LARS, Priority, find_priority
-from policies.queue import make_queue
 from policies.request import Request
+from policies.sharding import ShardedCostModel, Sharding, SlowestGroup
 from policies.slo import Slo
 
 
@@ -51,12 +53,17 @@ class SchedulerSettings:
 class Scheduler:
     """Decodes first, then prefill chunks in priority order (or prefills first, as early vLLM did).
 
+    With KV-cache parallelism the replica's groups step together: a batch holds a load for each of them,
+    short requests in their home group alone, a long one in all groups that have a shard of it.
+
     Args:
         settings: the policy.
-        cost: predicts iteration times; used for adaptive chunks and for the work of a prefill.
-        kv_capacity_tokens: tokens the replica's KV cache holds.
+        cost: predicts iteration times of one group; used for adaptive chunks and for the work of a prefill.
+            A ``ShardedCostModel`` if there are several groups.
+        kv_capacity_tokens: tokens the KV cache of each group holds.
         slos: one per SLO class, for the deadlines.
         stages: pipeline stages of the replica.
+        sharding: its KVP groups; None is one group.
 
     Attributes:
         running: requests that hold KV blocks: prefilling, decoding or in flight.
@@ -73,54 +80,67 @@ class Scheduler:
         *,
         slos: Sequence[Slo] = (Slo(),),
         stages: int = 1,
+        sharding: Sharding | None = None,
     ) -> None:
         self.settings = settings
-        self.cost = cost
         self.slos = slos
-        self.kv = KVCache(kv_capacity_tokens, settings.block_tokens, settings.watermark)
+        self.sharding = sharding = sharding or Sharding()
+        self.kv = GroupedKVCache(kv_capacity_tokens, settings.block_tokens, settings.watermark, sharding)
+        self._slowest: SlowestGroup | None = None
+        if sharding.groups > 1:
+            if not isinstance(cost, ShardedCostModel):
+                raise TypeError("several KVP groups need a cost model that knows shards and merges")
+            self._slowest = SlowestGroup(cost, sharding)
+        self.cost = self._slowest or cost
         self.work = PrefillWork(
-            cost,
+            self.cost,
             target_s=settings.target_iteration_s,
             stages=stages if settings.pipeline == "stream" else 1,
             max_chunk_tokens=settings.max_chunk_tokens,
         )
         self.priority = make_priority(settings, self.work)
-        # One order, two queues: who holds KV blocks can go on when nobody new can be admitted.
-        self._admitted = make_queue(self.priority)
-        self._unadmitted = make_queue(self.priority)
-        self.chunking = make_chunking(settings, cost)
+        self.chunking = make_chunking(settings, self.cost)
         self.running = 0
         self.outstanding = 0
         self.pending_prefill_tokens = 0
         self.preemptions = 0
         self._lars = LARS(self.work)
-        self._ready: DecodePool | None = None  # decodes that aren't in flight
-        self._memory_shut = False  # in the last batch somebody could not be admitted
+        groups = range(sharding.groups)
+        self._lanes = [Lane(self.priority, (group,)) for group in groups]
+        if sharding.groups > 1:
+            self._lanes.append(Lane(self.priority, tuple(groups)))  # of the requests in several shards
+        self._placement = PendingWork(sharding)
+        self._seats = [0] * sharding.groups  # requests that hold KV blocks in a group, or will
+        self._memory_shut: set[int] = set()  # groups where somebody could not be admitted to the last batch
         self._next_batch_id = 0
 
     @property
     def waiting(self) -> int:
         """Requests with prefill left that aren't in flight."""
-        return len(self._admitted) + len(self._unadmitted)
+        waiting = 0
+        for lane in self._lanes:
+            waiting += len(lane.admitted) + len(lane.unadmitted)
+        return waiting
 
     # -- what the driver calls ------------------------------------------------------------------------
 
     def fits(self, request: Request) -> bool:
         """Whether the request could ever run here: its longest KV cache within the capacity."""
-        longest = request.prompt_tokens + request.output_tokens - 1
-        return self.kv.blocks_for(longest) <= self.kv.capacity_blocks
+        return self.kv.fits(0, self.kv.blocks_for(_longest(request)))
 
     def add(self, request: Request) -> None:
-        """Take a request in. Its prefill work and its deadline are set here."""
+        """Take a request in. Its prefill work, its deadline and its home group are set here."""
         request.work_s = self.work.work_s(request.prompt_tokens)
         request.deadline_s = self.slos[request.slo_class].ttft.deadline_s(request.work_s)
+        request.shards = self.sharding.shards(_longest(request))
+        self._placement.place(request)
         self.outstanding += 1
         self.pending_prefill_tokens += request.remaining_prefill_tokens
-        self._unadmitted.push(request)
+        self._lane_of(request).unadmitted.push(request)
 
     def next_batch(self, now_s: float) -> Batch | None:
         """The next batch at ``now_s``; None when there is nothing that can run."""
-        batch = Batch(self._next_batch_id, now_s)
+        batch = Batch(self._next_batch_id, now_s, self.sharding.groups)
         if self.settings.packing == "decode_first":
             self._add_decodes(batch)
             self._add_chunks(batch)
@@ -135,15 +155,17 @@ class Scheduler:
 
     def steady_steps(self, batch: Batch) -> int:
         """For how many steps, this one included, next_batch would return the same decodes and nothing
-        else, provided that no request is added and that no other batch is in flight."""
-        pool = batch.pool
-        if batch.chunks or pool is None or not self._stays_shut():
+        else, provided that no request is added and that no other batch is in flight. Always one with
+        several KVP groups."""
+        if batch.chunks or not batch.pools or self.sharding.groups > 1 or not self._stays_shut():
             return 1
+        pool = batch.pools[0]
         steps = pool.steps_to_finish()
         if steps == 1:
             return 1
-        free = self.kv.free_blocks + pool.blocks_for(1)  # the first step's blocks are taken already
-        if len(pool) * (steps // self.kv.block_tokens + 1) <= free or pool.blocks_for(steps) <= free:
+        cache = self.kv.groups[0]
+        free = cache.free_blocks + pool.blocks_for(1)  # the first step's blocks are taken already
+        if len(pool) * (steps // cache.block_tokens + 1) <= free or pool.blocks_for(steps) <= free:
             return steps
         low, high = 1, steps  # `low` steps fit, `high` don't
         while high - low > 1:
@@ -166,12 +188,12 @@ class Scheduler:
         Returns the requests that finished with it; their last token is out at ``now_s``.
         """
         finished: list[Request] = []
-        pool = batch.pool
-        if pool is not None:
+        for pool in batch.pools:
             if steps > 1:  # the first step's blocks were taken when the batch was formed
-                self.kv.take(pool.blocks_for(steps) - pool.blocks_for(1))
-            finished = pool.advance(steps, now_s)
-            self._return_pool(pool)
+                self.kv.groups[0].take(pool.blocks_for(steps) - pool.blocks_for(1))
+            lane = self._lane_of(next(iter(pool.members.values())))
+            finished += pool.advance(steps, now_s)
+            lane.put_back(pool)
         for request, tokens, _ in batch.chunks:
             request.completed_tokens += tokens
             if request.completed_tokens == request.prefill_tokens:
@@ -179,74 +201,144 @@ class Scheduler:
         if self.settings.pipeline == "microbatch":
             self._requeue(batch)
         for request in finished:
-            self.kv.give_back(request.kv_blocks)
-            request.kv_blocks = 0
-        self.running -= len(finished)
+            self._give_back(request)
         self.outstanding -= len(finished)
         return finished
+
+    def attention_s(self, chunk: Chunk) -> float:
+        """Predicted attention time of a chunk, added up over the groups that take part in it."""
+        if self._slowest is None:
+            return self.cost.chunk_attention_s(chunk.tokens, chunk.context)
+        return sum(self._slowest.by_shard_s(chunk.tokens, chunk.context))
+
+    # -- groups -----------------------------------------------------------------------------------------
+
+    def _lane_of(self, request: Request) -> Lane:
+        """Where the request waits and decodes."""
+        return self._lanes[request.home if request.shards == 1 else -1]
+
+    def _groups_of(self, request: Request) -> Sequence[int]:
+        """The groups that the request will have taken when it is finished."""
+        if request.shards == 1:
+            return self._lanes[request.home].groups
+        return [self.sharding.group(request.home, shard) for shard in range(request.shards)]
+
+    def _give_back(self, request: Request) -> None:
+        """Free the KV blocks of a request, and its seats."""
+        self.kv.give_back(request.home, request.kv_blocks)
+        request.kv_blocks = 0
+        self.running -= 1
+        for group in self._groups_of(request):
+            self._seats[group] -= 1
 
     # -- decodes ----------------------------------------------------------------------------------------
 
     def _add_decodes(self, batch: Batch) -> None:
-        pool = self._ready
-        if not pool:
-            return
-        blocks = pool.blocks_for(1)
-        while blocks > self.kv.free_blocks:
-            if not self._preempt_one():
-                return  # all the other blocks belong to batches in flight
-            blocks = pool.blocks_for(1)
-        if pool.members:
-            self.kv.take(blocks)
-            self._ready = None
-            batch.add_decodes(pool, self.cost.decode_attention_s(len(pool.members), pool.total_context))
+        for lane in self._lanes:
+            pool = lane.ready
+            if pool and self._grow(lane, pool):
+                lane.ready = None
+                if self._slowest is None:
+                    attention_s = self.cost.decode_attention_s(len(pool.members), pool.total_context)
+                    batch.add_decodes(pool, attention_s)
+                else:
+                    batch.add_decodes(pool, 0.0)
+        if self._slowest is not None:
+            self._load_decodes(batch, self._slowest)
 
-    def _return_pool(self, pool: DecodePool) -> None:
-        """Make the decodes of a completed batch ready again, the smaller pool joining the larger."""
-        if self._ready is None:
-            self._ready = pool
-        elif len(pool) > len(self._ready):
-            pool.absorb(self._ready)
-            self._ready = pool
-        else:
-            self._ready.absorb(pool)
+    def _grow(self, lane: Lane, pool: DecodePool) -> bool:
+        """Take the KV blocks of the pool's next step, from others if need be. False if it can't step: all
+        the other blocks belong to batches in flight, or all its members had to give theirs up."""
+        caches = self.kv.groups
+        while True:
+            needs = self._blocks_needed(lane, pool)
+            for group, blocks in needs:
+                if blocks > caches[group].free_blocks:
+                    break
+            else:
+                break  # nobody is short
+            if not self._preempt_one(group):
+                return False
+        if not pool.members:
+            return False
+        for group, blocks in needs:
+            caches[group].take(blocks)
+        return True
+
+    def _blocks_needed(self, lane: Lane, pool: DecodePool) -> list[tuple[int, int]]:
+        """(group, blocks) of the pool's next step."""
+        if len(lane.groups) == 1:
+            return [(lane.groups[0], pool.blocks_for(1))]
+        needs = dict.fromkeys(lane.groups, 0)
+        for request in pool.members.values():
+            blocks, rest = divmod(request.kv_tokens, self.kv.block_tokens)
+            if rest == 0:
+                needs[self.kv.group_of_next(request.home, blocks)] += 1
+        return list(needs.items())
+
+    def _load_decodes(self, batch: Batch, cost: SlowestGroup) -> None:
+        """Spread the decodes of a batch over the groups: each attends to the keys it stores."""
+        sharding = self.sharding
+        together: list[list[int]] = [[] for _ in batch.loads]  # shards of the requests with several
+        for pool in batch.pools:
+            request = next(iter(pool.members.values()))
+            if request.shards == 1:
+                batch.loads[request.home].count_decodes(len(pool), len(pool), pool.total_context, 0.0)
+                continue
+            for request in pool.members.values():
+                length = request.kv_tokens
+                shards = sharding.shards(length + 1)
+                for shard in range(shards):
+                    group = sharding.group(request.home, shard)
+                    stored = sharding.stored(length, shard)
+                    batch.loads[group].count_decodes(1, shard == 0, stored, 0.0)
+                    if shards > 1:
+                        together[group].append(shards)
+        for load, shards_of in zip(batch.loads, together, strict=True):
+            if load.num_decodes:
+                load.attention_s += cost.decode_attention_s(load.num_decodes, load.decode_context)
+                load.attention_s += cost.merge_decodes_s(shards_of)
 
     def _emit_first_token(self, request: Request, now_s: float, finished: list[Request]) -> None:
         """The prefill is complete: a token is out, and the request is done or decodes from here on."""
+        self._placement.prefilled(request)
         request.generated_tokens += 1
         if request.first_token_s != request.first_token_s:  # NaN: none before
             request.first_token_s = now_s
         request.last_token_s = now_s
         if request.generated_tokens == request.output_tokens:
             finished.append(request)
-            return
-        if self._ready is None:
-            self._ready = DecodePool(self.kv.block_tokens)
-        self._ready.add(request)
+        else:
+            self._lane_of(request).decode(request, self.kv.block_tokens)
 
-    def _preempt_one(self) -> bool:
-        """Free the KV blocks of the request that arrived last, of those not in flight; its tokens so far
-        will be recomputed. False when there is none."""
-        candidates = [r for r in self._admitted.requests() if r.scheduled_tokens == r.completed_tokens]
-        if self._ready is not None:
-            candidates.extend(self._ready.members.values())
+    def _preempt_one(self, group: int) -> bool:
+        """Free the KV blocks of the request that arrived last, of those in ``group`` that aren't in flight;
+        its tokens so far will be recomputed. False when there is none."""
+        candidates = [
+            request
+            for lane in self._lanes
+            if group in lane.groups
+            for request in lane.preemptable()
+            if len(lane.groups) == 1 or group in self._groups_of(request)
+        ]
         if not candidates:
             return False
         victim = max(candidates, key=lambda r: (r.arrival_s, r.id))
         self.pending_prefill_tokens -= victim.remaining_prefill_tokens
+        lane = self._lane_of(victim)
         if victim.pool is not None:
             victim.pool.remove(victim)
         else:
-            self._admitted.remove(victim)
-        self.kv.give_back(victim.kv_blocks)
-        victim.kv_blocks = 0
+            lane.admitted.remove(victim)
+            self._placement.prefilled(victim)
+        self._give_back(victim)
         victim.prefill_tokens = victim.prompt_tokens + victim.generated_tokens
         victim.scheduled_tokens = victim.completed_tokens = 0
         victim.preemptions += 1
         self.preemptions += 1
-        self.running -= 1
         self.pending_prefill_tokens += victim.prefill_tokens
-        self._unadmitted.push(victim)
+        self._placement.recompute(victim)
+        lane.unadmitted.push(victim)
         return True
 
     # -- prefills ---------------------------------------------------------------------------------------
@@ -255,46 +347,94 @@ class Scheduler:
         """Fill the batch with chunks in priority order.
 
         KV blocks are granted in that order too: once a request could not be admitted, nobody behind it
-        is, or short prompts would starve a long one of memory.
+        in its groups is, or short prompts would starve a long one of memory.
         """
-        self._memory_shut = False
+        self._memory_shut.clear()
+        lanes = [lane for lane in self._lanes if lane.admitted or lane.unadmitted]
+        if not lanes:
+            return
         passed: list[Request] = []
-        has_long = False
-        while len(passed) < self.settings.max_skips and not self.chunking.is_full(batch):
-            request = self._pop_first(batch.formed_s)
-            if request is None:
+        sharing: set[int] = set()  # groups in which a long request shares the iteration with short ones
+        for lane in lanes:
+            lane.skips = 0
+        while lanes:
+            lanes = [lane for lane in lanes if self._is_open(lane, batch)]
+            found = self._pop_first(lanes, batch.formed_s)
+            if found is None:
                 break
-            is_long = (
-                self.settings.space_sharing and request.prefill_tokens >= self.settings.long_request_tokens
-            )
-            if (is_long and has_long) or not self._may_run(request):
+            lane, request = found
+            if not self._add_chunk(request, batch, sharing):
                 passed.append(request)
-                continue
-            tokens = self.chunking.chunk_tokens(request, batch, self._yield_fraction(request, batch, is_long))
-            if tokens == 0:
-                passed.append(request)
-                continue
-            has_long = has_long or is_long
-            self._schedule(request, tokens, batch)
+                lane.skips += 1
         for request in passed:
-            (self._admitted if request.kv_blocks else self._unadmitted).push(request)
+            lane = self._lane_of(request)
+            (lane.admitted if request.kv_blocks else lane.unadmitted).push(request)
 
-    def _pop_first(self, now_s: float) -> Request | None:
-        """The first waiting prefill; only of those that hold KV blocks, once memory is shut."""
-        if self._memory_shut:
-            return self._admitted.pop(now_s)
-        held, new = self._admitted.peek(now_s), self._unadmitted.peek(now_s)
-        if held is None or (new is not None and new < held):
-            return self._unadmitted.pop(now_s)
-        return self._admitted.pop(now_s)
+    def _is_open(self, lane: Lane, batch: Batch) -> bool:
+        """Whether another request of the lane should be tried."""
+        if lane.skips >= self.settings.max_skips:
+            return False
+        is_full, loads = self.chunking.is_full, batch.loads
+        return any(not is_full(loads[group]) for group in lane.groups)
+
+    def _pop_first(self, lanes: list[Lane], now_s: float) -> tuple[Lane, Request] | None:
+        """The first waiting prefill; where memory is shut, only of those that hold KV blocks."""
+        first = None
+        for lane in lanes:
+            shut = not self._memory_shut.isdisjoint(lane.groups)
+            found = lane.first(now_s, admitted_only=shut)
+            if found is not None and (first is None or found[0] < first[0]):
+                first = (*found, lane)
+        if first is None:
+            return None
+        _, queue, lane = first
+        request = queue.pop(now_s)
+        assert request is not None
+        return lane, request
+
+    def _add_chunk(self, request: Request, batch: Batch, sharing: set[int]) -> bool:
+        """Add a chunk of ``request`` if one fits."""
+        is_long = self.settings.space_sharing and request.prefill_tokens >= self.settings.long_request_tokens
+        if is_long and not sharing.isdisjoint(self._groups_of(request)):
+            return False
+        if not self._may_run(request):
+            return False
+        loads = self._loads_of_chunk(request, batch)
+        yield_fraction = self._yield_fraction(request, batch, is_long)
+        if len(loads) == 1:
+            tokens = self.chunking.chunk_tokens(request, loads[0], yield_fraction)
+        elif any(self.chunking.is_full(load) for load in loads):
+            return False
+        else:
+            tokens = min(self.chunking.chunk_tokens(request, load, yield_fraction) for load in loads)
+        if tokens == 0:
+            return False
+        if is_long:
+            sharing.update(self._groups_of(request))
+        self._schedule(request, tokens, batch, loads)
+        return True
+
+    def _loads_of_chunk(self, request: Request, batch: Batch) -> Sequence[Load]:
+        """The loads that the request's next chunk goes to, in the order of its shards."""
+        if request.shards == 1:
+            return batch.loads[request.home : request.home + 1]
+        sharding = self.sharding
+        last = sharding.shard_of(request.scheduled_tokens)
+        return [batch.loads[sharding.group(request.home, shard)] for shard in range(last + 1)]
 
     def _may_run(self, request: Request) -> bool:
-        """Whether the request holds its KV blocks or could be given them now."""
+        """Whether the request holds its KV blocks or could be given them now: those of all the groups its
+        prefill needs, since taking them bit by bit can end with two requests waiting for each other."""
         if request.kv_blocks:
             return True
-        has_seat = self.running < self.settings.max_batch_requests
-        self._memory_shut = not (has_seat and self.kv.can_admit(self.kv.blocks_for(request.prefill_tokens)))
-        return not self._memory_shut
+        groups = self._groups_of(request)
+        if not self._memory_shut.isdisjoint(groups):
+            return False
+        has_seat = max(self._seats[group] for group in groups) < self.settings.max_batch_requests
+        if has_seat and self.kv.can_admit(request.home, self.kv.blocks_for(request.prefill_tokens)):
+            return True
+        self._memory_shut.update(groups)
+        return False
 
     def _yield_fraction(self, request: Request, batch: Batch, is_long: bool) -> float:
         """Space sharing: a long request leaves the share ρ of the iteration to short ones."""
@@ -303,22 +443,34 @@ class Scheduler:
         slack = self._lars.relative_slack(request, batch.formed_s)
         return min(max(slack, 0.0), self.settings.max_yield_fraction)
 
-    def _schedule(self, request: Request, tokens: int, batch: Batch) -> None:
+    def _schedule(self, request: Request, tokens: int, batch: Batch, loads: Sequence[Load]) -> None:
         if request.kv_blocks == 0:
             request.kv_blocks = self.kv.blocks_for(request.prefill_tokens)
-            self.kv.take(request.kv_blocks)
+            self.kv.take(request.home, request.kv_blocks)
             self.running += 1
+            for group in self._groups_of(request):
+                self._seats[group] += 1
             if request.scheduled_s != request.scheduled_s:  # NaN: never before
                 request.scheduled_s = batch.formed_s
         context = request.scheduled_tokens
-        batch.add_chunk(Chunk(request, tokens, context), self.cost.chunk_attention_s(tokens, context))
+        if self._slowest is None:
+            attention_s = self.cost.chunk_attention_s(tokens, context)
+            batch.add_chunk(Chunk(request, tokens, context), attention_s)
+        else:
+            left = self.sharding.left_in_shard(context)
+            tokens = tokens if left is None else min(tokens, left)
+            chunk = Chunk(request, tokens, context)
+            batch.add_chunk(chunk, 0.0)
+            by_shard_s = self._slowest.by_shard_s(tokens, context)
+            for shard, (load, attention_s) in enumerate(zip(loads, by_shard_s, strict=True)):
+                load.count_chunk(tokens, chunk.is_last and shard == 0, attention_s)
         request.scheduled_tokens += tokens
         self.pending_prefill_tokens -= tokens
 
     def _requeue(self, batch: Batch) -> None:
         for request, _, _ in batch.chunks:
             if request.scheduled_tokens < request.prefill_tokens:
-                self._admitted.push(request)
+                self._lane_of(request).admitted.push(request)
 
     def _stays_shut(self) -> bool:
         """Whether no waiting prefill can enter a batch before a request finishes, is added, or frees memory.
@@ -326,13 +478,19 @@ class Scheduler:
         With all seats taken nobody can. Short of KV blocks, the same request stays first and stays out
         only if the order doesn't change with time.
         """
-        if len(self._admitted):
+        lane = self._lanes[0]
+        if len(lane.admitted):
             return False
-        if len(self._unadmitted) == 0:
+        if len(lane.unadmitted) == 0:
             return True
         if not self._memory_shut:
             return False
-        return self.running >= self.settings.max_batch_requests or self.priority.static
+        return self._seats[0] >= self.settings.max_batch_requests or self.priority.static
+
+
+def _longest(request: Request) -> int:
+    """Tokens in the request's KV cache when its last output token is made."""
+    return request.prompt_tokens + request.output_tokens - 1
 
 
 def make_priority(settings: SchedulerSettings, work: PrefillWork) -> Priority:

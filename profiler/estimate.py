@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -28,6 +28,15 @@ class Estimate:
     extrapolated: BoolArray
     source: str
     interval: tuple[float, float] | None = None
+
+    def where(self, chosen: BoolArray) -> Estimate:
+        """The estimate of some of the shapes: `chosen` is True for those."""
+        return replace(
+            self,
+            time_s=self.time_s[chosen],
+            floor_s=self.floor_s[chosen],
+            extrapolated=self.extrapolated[chosen],
+        )
 
     @property
     def low_s(self) -> FloatArray | None:

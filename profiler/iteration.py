@@ -15,16 +15,18 @@ is convex in each length, so a chord lies above it.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from policies.sharding import Sharding
 from profiler.decode_run import DecodeRun, Polyline
 from profiler.estimate import Estimate
 from profiler.kernels import Kernels
 from profiler.roofline import QUERY_TILE_ROWS
+from profiler.shards import ShardTimes
 from specs import ModelSpec, ParallelSpec
 
 FloatArray = NDArray[np.float64]
@@ -57,10 +59,12 @@ class OperatorRow:
 class IterationModel:
     """Predicted iteration time of one replica; implements ``policies.cost.CostModel``.
 
+    With KV-cache parallelism, of one of its groups, and ``policies.sharding.ShardedCostModel`` as well.
+
     Args:
         model: what is served.
         kernels: kernel times of the device.
-        parallel: how the model is split; ``tp`` and ``spp`` matter here.
+        parallel: how the model is split.
         max_batch_tokens: tokens an iteration may hold, for the size of the tables.
         max_batch_requests: requests an iteration may hold.
         max_chunk_tokens: the longest chunk, for the grid.
@@ -93,6 +97,8 @@ class IterationModel:
         self._compile_rows(max_batch_requests)
         self._compile_chunks(max_chunk_tokens)
         self._compile_decodes(max_batch_requests)
+        self._sharding = Sharding(parallel.kvp, parallel.kvp_tokens_per_group)
+        self._shards = ShardTimes(model, kernels, parallel, np.array(self._chunk_knots, dtype=np.float64))
 
     # -- the cost model ---------------------------------------------------------------------------------
 
@@ -117,6 +123,14 @@ class IterationModel:
         """Seconds of attention of the decodes, over all layers."""
         line = self._decode_lines.get(decodes) or self._decode_line(decodes)
         return line.at(total_context)
+
+    def shard_attention_s(self, chunk_tokens: int, shard_tokens: int) -> float:
+        """Seconds of attention of a chunk over a shard with none of its own keys, over all layers."""
+        return self._shards.attention_s(chunk_tokens, shard_tokens)
+
+    def merge_s(self, tokens: int, shards: int) -> float:
+        """Seconds to merge the partial attention of ``tokens`` tokens over ``shards`` groups, all layers."""
+        return self._shards.merge_s(tokens, shards)
 
     # -- what a simulator asks besides ------------------------------------------------------------------
 
@@ -176,13 +190,8 @@ class IterationModel:
             _row(name, estimate, layers)
             for name, estimate in self._token_operators(np.array([float(tokens)]))
         ]
-        if chunks:
-            sizes = np.array([[float(c), float(n)] for c, n in chunks])
-            estimate = self._chunk_estimate(sizes[:, 0], sizes[:, 1])
-            result.append(_row("prefill attention", estimate, layers))
-        if decodes:
-            estimate = self._decode_estimate(np.array([float(decodes)]), np.array([float(decode_context)]))
-            result.append(_row("decode attention", estimate, layers))
+        attention = self._attention_operators(chunks, decodes, decode_context)
+        result.extend(_row(name, estimate, layers) for name, estimate in attention)
         result.append(_row("embedding", self._embedding(np.array([float(tokens)])), 1))
         result.extend(_row(name, e, 1) for name, e in self._row_operators(np.array([float(rows)])))
         handovers = len(self.stage_layers) - 1
@@ -226,6 +235,35 @@ class IterationModel:
             all_reduce = kernels.all_reduce(element * hidden, tp)
             operators += [("all-reduce after attention", all_reduce), ("all-reduce after mlp", all_reduce)]
         return operators
+
+    def _attention_operators(
+        self, chunks: Sequence[tuple[int, int]], decodes: int, decode_context: int
+    ) -> Iterator[tuple[str, Estimate]]:
+        """Attention of one layer, of several KVP groups in the slowest one: for each chunk, and for the
+        decodes, which count as equally long."""
+        sharding, shards = self._sharding, self._shards
+        if chunks:
+            size, context = np.array(chunks, dtype=np.float64).T
+            shard = np.minimum(context // sharding.tokens_per_group, sharding.groups - 1)
+            own = self._chunk_estimate(size, context - shard * sharding.tokens_per_group)
+            other = shards.attention(size, np.full_like(size, sharding.tokens_per_group))
+            in_other = (shard > 0) & (other.time_s > own.time_s)
+            if not in_other.all():
+                yield "prefill attention", own.where(~in_other)
+            if in_other.any():
+                yield "shard attention", other.where(in_other)
+            for (tokens, _), last in zip(chunks, shard, strict=True):
+                if last > 0:
+                    yield from shards.named_merge(tokens, int(last) + 1)
+        if decodes:
+            mean = decode_context // decodes
+            last = sharding.shards(mean + 1) - 1
+            stored = max(sharding.stored(mean, shard) for shard in range(last + 1))
+            in_group = decode_context if last == 0 else decodes * stored
+            estimate = self._decode_estimate(np.array([float(decodes)]), np.array([float(in_group)]))
+            yield "decode attention", estimate
+            if last > 0:
+                yield from shards.named_merge(decodes, last + 1)
 
     def _row_operators(self, rows: FloatArray) -> list[tuple[str, Estimate]]:
         """Operators behind the last layer, by the rows whose logits are wanted."""

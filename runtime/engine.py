@@ -22,13 +22,14 @@ from policies.batch import Batch
 from policies.cost import CostModel
 from policies.request import Request
 from policies.scheduler import Scheduler, SchedulerSettings
+from policies.sharding import Sharding
 from policies.slo import Slo
 from runtime.arrivals import Arrivals
 from runtime.executors import Executor, StageDone
 from runtime.launcher import start_executor
 from runtime.plan import Plan, Slice
 from runtime.runner import RunnerSpec
-from runtime.sequences import HomeGroups, Prompts, Sequence, make_plan
+from runtime.sequences import Prompts, Sequence, make_plan
 from traces.records import Recorder, RunRecords
 from traces.synthesis import ClosedLoop
 from traces.workload import Workload
@@ -97,13 +98,13 @@ class Engine:
             setup.runner.kv_capacity_tokens,
             slos=setup.slos,
             stages=executor.num_stages,
+            sharding=Sharding(setup.runner.parallel.kvp, setup.runner.parallel.kvp_tokens_per_group),
         )
         self._workload = workload
         self._progress = progress
         self._prompts = Prompts(workload.prompt_tokens, setup.runner.model.vocab_size, setup.seed)
         self._alive: dict[int, Sequence] = {}
         self._outputs: dict[int, NDArray[np.int64]] = {}
-        self._homes = HomeGroups(setup.runner.parallel.kvp)
         self._freed: list[int] = []
         self._preemptions = 0
         self._in_flight: dict[int, Batch] = {}
@@ -200,12 +201,10 @@ class Engine:
             self.arrivals.request_left(arrival_s)
             return
         self._alive[index] = Sequence(request, self._prompts[index])
-        self._homes.assign(request)
         self.scheduler.add(request)
 
     def _finish(self, request: Request) -> None:
         self._outputs[request.id] = self._alive.pop(request.id).generated.copy()
-        self._homes.release(request)
         self._freed.append(request.id)
         self._record_progress(request)
         self.recorder.finish(request.id, self.now_s)
@@ -224,7 +223,7 @@ class Engine:
         if batch is None:
             return False
         self._free_preempted()
-        plan = make_plan(batch, self._alive, self._freed, self._homes.homes)
+        plan = make_plan(batch, self._alive, self._freed)
         self._freed = []
         self._in_flight[batch.id] = batch
         self._first_stage_free = False

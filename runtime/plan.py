@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from policies.sharding import Sharding
 from runtime.attention import Extent
 from runtime.kv_cache import KVTable, PagedKV
 
@@ -43,25 +44,18 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class KVGroups:
-    """How KV caches are cut along the sequence: group (home + i) mod ``count`` stores shard i of a request,
-    the tokens from i · ``tokens_per_group`` on; the last shard has no end (MEDHA.md section 2)."""
+    """How KV caches are cut along the sequence, as the group ``index`` of this rank sees it."""
 
-    count: int = 1
-    tokens_per_group: int = 1
-    index: int = 0  # the group of this rank
-
-    def shard_of(self, position: int) -> int:
-        return min(position // self.tokens_per_group, self.count - 1)
+    sharding: Sharding = field(default_factory=Sharding)
+    index: int = 0
 
     def taking_part(self, home: int, shard: int) -> tuple[int, ...]:
         """The groups that hold something of a request's first ``shard`` + 1 shards, in shard order."""
-        return tuple((home + i) % self.count for i in range(shard + 1))
+        return tuple(self.sharding.group(home, i) for i in range(shard + 1))
 
     def stored(self, home: int, length: int) -> int:
         """How many of a request's first ``length`` tokens this rank's group stores."""
-        shard = (self.index - home) % self.count
-        beyond = max(length - shard * self.tokens_per_group, 0)
-        return beyond if shard == self.count - 1 else min(beyond, self.tokens_per_group)
+        return self.sharding.stored(length, (self.index - home) % self.sharding.groups)
 
 
 class Piece(NamedTuple):
@@ -177,8 +171,9 @@ def _cuts(plan: Plan, groups: KVGroups) -> Iterator[_Cut]:
     for item in plan.slices:
         start, end = item.start, item.start + item.tokens
         while start < end:
-            shard = groups.shard_of(start)
-            border = end if shard == groups.count - 1 else min(end, (shard + 1) * groups.tokens_per_group)
+            shard = groups.sharding.shard_of(start)
+            left = groups.sharding.left_in_shard(start)
+            border = end if left is None else min(end, start + left)
             yield _Cut(item, offset, start, border - start, shard)
             offset += border - start
             start = border

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from policies.sharding import Sharding
 from runtime import layers
 from runtime.attention import choose_backend
 from runtime.distributed import Mesh
@@ -126,7 +127,7 @@ class Runner:
             ) from None
         backend = choose_backend(self.device, dtype, heads, kv_heads, model.head_dim, spec.attention)
         self.model = Model(model, weights, cache, backend, mesh)
-        self.groups = KVGroups(parallel.kvp, parallel.kvp_tokens_per_group, mesh.group)
+        self.groups = KVGroups(Sharding(parallel.kvp, parallel.kvp_tokens_per_group), mesh.group)
         self._dtype = dtype
 
     @torch.inference_mode()

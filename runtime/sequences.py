@@ -48,38 +48,17 @@ class Prompts:
         return self._tokens[start : self._ends[index]].astype(np.int64)
 
 
-class HomeGroups:
-    """In which KVP group each request begins: where the least prefill work is pending, measured as the sum of
-    the squares of the prompts' lengths (MEDHA.md section 2)."""
-
-    def __init__(self, num_groups: int) -> None:
-        self.homes: dict[int, int] = {}
-        self._pending = [0] * num_groups
-
-    def assign(self, request: Request) -> None:
-        """Choose a group for a new request."""
-        home = min(range(len(self._pending)), key=self._pending.__getitem__)
-        self.homes[request.id] = home
-        self._pending[home] += request.prompt_tokens**2
-
-    def release(self, request: Request) -> None:
-        """The request has finished."""
-        self._pending[self.homes.pop(request.id)] -= request.prompt_tokens**2
-
-
-def make_plan(batch: Batch, sequences: dict[int, Sequence], freed: list[int], homes: dict[int, int]) -> Plan:
+def make_plan(batch: Batch, sequences: dict[int, Sequence], freed: list[int]) -> Plan:
     """What the ranks execute for ``batch``.
 
-    Args:
-        freed: requests whose KV blocks the scheduler has taken back since the last plan.
-        homes: the KVP group in which each request begins; 0 where it isn't given.
+    ``freed`` are the requests whose KV blocks the scheduler has taken back since the last plan.
     """
     slices: list[Slice] = []
     parts: list[TokenIds] = []
 
     def add(request: Request, start: int, tokens: int, samples: bool) -> None:
         longest = request.prompt_tokens + request.output_tokens - 1
-        slices.append(Slice(request.id, start, tokens, longest, samples, homes.get(request.id, 0)))
+        slices.append(Slice(request.id, start, tokens, longest, samples, request.home))
         parts.append(sequences[request.id].tokens[start : start + tokens])
 
     for chunk in batch.chunks:

@@ -11,6 +11,7 @@ import simpy
 from policies.request import Request
 from policies.routers import make_router
 from policies.scheduler import Scheduler, SchedulerSettings
+from policies.sharding import Sharding
 from policies.slo import Slo
 from sim.arrivals import ClosedLoopClients, OpenLoop
 from sim.cost import IterationCost
@@ -29,9 +30,10 @@ class Setup:
 
     Args:
         cost: iteration times of a replica.
-        kv_capacity_tokens: tokens that one replica's KV cache holds.
+        kv_capacity_tokens: tokens that the KV cache of one replica holds, or of each of its KVP groups.
         scheduler: the policy of every replica.
         replicas: how many there are.
+        sharding: the KVP groups of a replica.
         slos: one for each SLO class of the workload.
         router: how requests are spread over replicas.
         length_threshold_tokens: where the length-partitioned router draws the line.
@@ -45,6 +47,7 @@ class Setup:
     kv_capacity_tokens: int
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
     replicas: int = 1
+    sharding: Sharding = field(default_factory=Sharding)
     slos: tuple[Slo, ...] = (Slo(),)
     router: str = "least_loaded"
     length_threshold_tokens: int = 8192
@@ -89,6 +92,7 @@ class Cluster:
                 setup.kv_capacity_tokens,
                 slos=setup.slos,
                 stages=len(setup.cost.stage_layers),
+                sharding=setup.sharding,
             )
             for _ in range(setup.replicas)
         ]

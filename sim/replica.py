@@ -7,7 +7,7 @@ from typing import Any
 
 import simpy
 
-from policies.batch import Batch
+from policies.batch import Batch, Load
 from policies.request import Request
 from policies.scheduler import Scheduler
 from profiler.decode_run import DecodeRun
@@ -134,15 +134,20 @@ class Replica:
     # -- time -------------------------------------------------------------------------------------------
 
     def stage_s(self, batch: Batch, stage: int) -> float:
-        """Seconds that ``stage``, about to begin with ``batch``, will take."""
-        shape = batch.tokens, batch.rows, batch.requests
+        """Seconds that ``stage``, about to begin with ``batch``, takes: as long as its slowest KVP group."""
+        loads = batch.loads
+        if len(loads) == 1:
+            return self._load_s(batch, stage)
+        return max(self._load_s(load, stage) for load in loads if load.requests)
+
+    def _load_s(self, load: Load, stage: int) -> float:
         if self._num_stages == 1:
-            return self.cost.tokens_s(*shape) + batch.attention_s
-        return self.cost.stage_times_s(*shape, batch.attention_s)[stage]
+            return self.cost.tokens_s(load.tokens, load.rows, load.requests) + load.attention_s
+        return self.cost.stage_times_s(load.tokens, load.rows, load.requests, load.attention_s)[stage]
 
     def handover_s(self, batch: Batch) -> float:
         """Seconds to hand the activations of ``batch`` to the next stage."""
-        return self.cost.handover_s(batch.tokens)
+        return self.cost.handover_s(max(load.tokens for load in batch.loads))
 
     # -- bookkeeping ------------------------------------------------------------------------------------
 
@@ -154,8 +159,7 @@ class Replica:
         self._finish(batch, 1)
 
     def _record_run(self, batch: Batch, run: DecodeRun, start_s: float, steps: int) -> None:
-        pool = batch.pool
-        assert pool is not None
+        pool = batch.pools[0]
         for gap_s, requests in pool.gaps(start_s + run.pieces[0].first_s):
             self.recorder.gap((gap_s, 0.0, 1, requests))
         for piece in run.pieces_between(1, steps):
@@ -190,22 +194,36 @@ class Replica:
         )
 
     def _count_work(self, batch: Batch, steps: int, attention_s: float) -> None:
-        """Add up what the batch computed and read, and how much of its time was extrapolated."""
+        """Add up what the batch computed and read, and how much of its time was extrapolated.
+
+        ``attention_s`` is the attention time of all the steps. With several KVP groups a batch is one step,
+        and the times of all groups count.
+        """
         work, cost, decodes = self.recorder.work, self.cost, batch.num_decodes
+        loads = batch.loads
         work.iterations += steps
         work.tokens += batch.tokens * steps
         work.rows += batch.rows * steps
-        work.predicted_s += cost.tokens_s(batch.tokens, batch.rows, batch.requests) * steps + attention_s
         if decodes:
             # Each step attends to every context and to the new tokens, and contexts grow by one a step.
             seen = steps * (batch.decode_context + decodes) + decodes * (steps * (steps - 1) // 2)
             work.attention_pairs += seen
             work.kv_tokens_read += seen
-            if cost.decode_is_extrapolated(decodes, batch.decode_context):
-                chunks_s = sum(cost.chunk_attention_s(c.tokens, c.context) for c in batch.chunks)
-                work.extrapolated_s += attention_s - chunks_s
-        for _, tokens, context in batch.chunks:
+        chunks_s = 0.0
+        for chunk in batch.chunks:
+            _, tokens, context = chunk
             work.attention_pairs += tokens * context + tokens * (tokens + 1) // 2
             work.kv_tokens_read += context + tokens
-            if cost.chunk_is_extrapolated(tokens, context):
-                work.extrapolated_s += cost.chunk_attention_s(tokens, context)
+            chunk_s = self.scheduler.attention_s(chunk)
+            chunks_s += chunk_s
+            if cost.chunk_is_extrapolated(tokens, self.scheduler.sharding.in_shard(context)):
+                work.extrapolated_s += chunk_s
+        for load in loads:
+            if load.requests:
+                load_s = attention_s if len(loads) == 1 else load.attention_s
+                work.predicted_s += cost.tokens_s(load.tokens, load.rows, load.requests) * steps + load_s
+            if load.num_decodes and cost.decode_is_extrapolated(load.num_decodes, load.decode_context):
+                if len(loads) == 1:
+                    work.extrapolated_s += attention_s - chunks_s
+                else:
+                    work.extrapolated_s += cost.decode_attention_s(load.num_decodes, load.decode_context)

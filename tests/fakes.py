@@ -10,7 +10,8 @@ from profiler.decode_run import DecodeRun, Polyline
 class LinearCost:
     """An iteration takes ``base_s + token_s · tokens + pair_s · (chunk · context) + context_s · Σ contexts``.
 
-    Times are split evenly over ``stages``; a hand-over takes ``handover_s``.
+    Times are split evenly over ``stages``; a hand-over takes ``handover_s``. Merging what KVP groups found
+    takes ``merge_s`` a token and group beyond the first.
     """
 
     def __init__(
@@ -22,10 +23,12 @@ class LinearCost:
         context_s: float = 0.0,
         stages: int = 1,
         handover_s: float = 0.0,
+        merge_s: float = 0.0,
     ) -> None:
         self.base_s, self.token_s, self.pair_s, self.context_s = base_s, token_s, pair_s, context_s
         self.stage_layers = (1,) * stages
         self._handover_s = handover_s
+        self._merge_s = merge_s
 
     def tokens_s(self, tokens: int, rows: int, requests: int) -> float:
         handovers_s = self._handover_s * (len(self.stage_layers) - 1)
@@ -33,6 +36,12 @@ class LinearCost:
 
     def chunk_attention_s(self, chunk_tokens: int, context_tokens: int) -> float:
         return self.pair_s * chunk_tokens * context_tokens
+
+    def shard_attention_s(self, chunk_tokens: int, shard_tokens: int) -> float:
+        return self.pair_s * chunk_tokens * shard_tokens
+
+    def merge_s(self, tokens: int, shards: int) -> float:
+        return self._merge_s * tokens * (shards - 1)
 
     def decode_attention_s(self, decodes: int, total_context: int) -> float:
         return self.context_s * total_context

@@ -128,7 +128,7 @@ BAD_CONFIGS: dict[str, tuple[Any, str]] = {
     "tp over kv heads": (run_with(parallel__tp=16), "parallel.tp: 16"),
     "tp doesn't divide": (run_with(parallel__tp=3), "parallel.tp: 3 must divide"),
     "more stages than layers": (run_with(parallel__spp=33), "parallel.spp: 33 stages"),
-    "kvp": (run_with(parallel__kvp=2), "parallel.kvp: 2 is not simulated"),
+    "kvp": (run_with(parallel__kvp=2, parallel__kvp_tokens_per_group=1000), "is no multiple of"),
     "doesn't fit": (run_with(model="llama-3-70b"), "tp 2, spp 1 would fit"),
     "context over kv": (
         run_with(workload__lengths={"distribution": "fixed", "prompt_tokens": 2_000_000, "output_tokens": 1}),
@@ -246,8 +246,8 @@ def test_bad_traces_name_the_file_and_the_row(
             "parallel.tp",
         ),
         (
-            ["predict", "--model", "llama-3-8b", "--device", "h100-sxm", "--chunk", "1", "--kvp", "2"],
-            "parallel.kvp",
+            ["predict", "--model", "llama-3-8b", "--device", "h100-sxm", "--chunk", "1", "--kvp", "0"],
+            "--kvp",
         ),
         (["train", "nowhere"], "nowhere"),
         (["import", "aiconfigurator", "--device", "cpu", "--out", "p"], "cpu"),

@@ -20,6 +20,7 @@ torch = pytest.importorskip("torch")
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
+from policies.sharding import Sharding  # noqa: E402
 from runtime.launcher import RankError, RankExecutor  # noqa: E402
 from runtime.plan import KVGroups, Plan, Slice  # noqa: E402
 from runtime.runner import Runner, RunnerSpec  # noqa: E402
@@ -161,10 +162,10 @@ def test_any_cut_and_any_chunking_give_the_single_pass_logits(ranks, single, see
 @given(count=st.integers(1, 5), size=st.integers(1, 50), home=st.integers(0, 4), length=st.integers(1, 300))
 def test_groups_store_every_token_once_and_join_one_by_one(count, size, home, length):
     home %= count
-    groups = [KVGroups(count, size, index) for index in range(count)]
+    groups = [KVGroups(Sharding(count, size), index) for index in range(count)]
     stored = [group.stored(home, length) for group in groups]
     assert sum(stored) == length
-    taking_part = groups[0].taking_part(home, groups[0].shard_of(length - 1))
+    taking_part = groups[0].taking_part(home, groups[0].sharding.shard_of(length - 1))
     assert set(taking_part) == {i for i, tokens in enumerate(stored) if tokens}
     assert taking_part[0] == home
     # a group joins when all before it are full, and the last one has no end

@@ -12,6 +12,7 @@ from policies.batch import Batch
 from policies.chunking import StaticChunks
 from policies.request import Request
 from policies.scheduler import Scheduler, SchedulerSettings
+from policies.sharding import Sharding
 from policies.slo import Slo, TtftTarget
 from tests.fakes import LinearCost
 
@@ -263,13 +264,25 @@ policies = st.builds(
 
 
 @settings(max_examples=150, deadline=None)
-@given(workloads, policies, st.sampled_from([512, 640, 4096]), st.integers(1, 3))
+@given(
+    workloads,
+    policies,
+    st.sampled_from([512, 640, 4096]),
+    st.integers(1, 3),
+    st.sampled_from([1, 1, 2, 3]),
+    st.sampled_from([64, 160]),
+)
 def test_tokens_and_kv_blocks_are_conserved(
-    rows: list[tuple[int, int, int]], policy: SchedulerSettings, kv_tokens: int, depth: int
+    rows: list[tuple[int, int, int]],
+    policy: SchedulerSettings,
+    kv_tokens: int,
+    depth: int,
+    groups: int,
+    tokens_per_group: int,
 ) -> None:
-    """Whatever the policy: every request finishes with every token made once, blocks are never overdrawn
-    and all come back, and there is always a batch while somebody is unfinished."""
-    scheduler = make(policy, kv_tokens, stages=depth)
+    """Whatever the policy and the KVP groups: every request finishes with every token made once, blocks are
+    never overdrawn in any group and all come back, and there is a batch while somebody is unfinished."""
+    scheduler = make(policy, kv_tokens, stages=depth, sharding=Sharding(groups, tokens_per_group))
     requests = [Request(i, float(a), p, o) for i, (a, p, o) in enumerate(sorted(rows))]
     waiting, in_flight, now_s = list(requests), [], 0.0
     tokens_out = {r.id: 0 for r in requests}
@@ -281,7 +294,8 @@ def test_tokens_and_kv_blocks_are_conserved(
         batch = scheduler.next_batch(now_s) if len(in_flight) < depth else None
         if batch is not None:
             scheduled = [r.id for r, _ in batch.slices]
-            assert len(scheduled) == len(set(scheduled)) <= policy.max_batch_requests
+            assert len(scheduled) == len(set(scheduled)) <= policy.max_batch_requests * groups
+            assert all(load.requests <= policy.max_batch_requests for load in batch.loads)
             assert sum(t for _, t in batch.slices) == batch.tokens
             assert batch.rows == batch.num_decodes + sum(c.is_last for c in batch.chunks)
             scheduler.leave_first_stage(batch)
@@ -293,17 +307,23 @@ def test_tokens_and_kv_blocks_are_conserved(
         if in_flight and (batch is None or len(in_flight) == depth):
             done = in_flight.pop(0)
             yielding = {c.request.id for c in done.chunks if c.is_last}
-            decoding = set(done.pool.members) if done.pool is not None else set()
+            decoding = {request.id for request in done.decodes()}
             for id in yielding | decoding:
                 tokens_out[id] += 1
             scheduler.complete(done, now_s)
         now_s += 0.01
-        assert 0 <= scheduler.kv.used_blocks <= scheduler.kv.capacity_blocks
-        assert scheduler.running <= policy.max_batch_requests
+        assert all(0 <= cache.used_blocks <= cache.capacity_blocks for cache in scheduler.kv.groups)
+        assert scheduler.running <= policy.max_batch_requests * groups
         assert scheduler.pending_prefill_tokens >= 0
         held = [r.kv_blocks if r.pool is None else -(-r.kv_tokens // 16) for r in requests]
-        writing = sum(b.pool.blocks_for(1) for b in in_flight if b.pool is not None)
+        writing = sum(pool.blocks_for(1) for b in in_flight for pool in b.pools)
         assert sum(held) + writing == scheduler.kv.used_blocks
+        if not in_flight:
+            by_group = [0] * groups
+            for request, blocks in zip(requests, held, strict=True):
+                for cache, count in scheduler.kv.spread(request.home, blocks):
+                    by_group[scheduler.kv.groups.index(cache)] += count
+            assert by_group == [cache.used_blocks for cache in scheduler.kv.groups]
     assert tokens_out == {r.id: r.output_tokens for r in requests}
     assert all(r.generated_tokens == r.output_tokens for r in requests)
     assert scheduler.kv.used_blocks == scheduler.running == scheduler.outstanding == 0

@@ -1,0 +1,40 @@
+"""In which KVP group a request begins."""
+
+from __future__ import annotations
+
+from policies.request import Request
+from policies.sharding import Sharding
+
+
+class PendingWork:
+    """Homes requests where the least prefill work is pending, measured as the sum of the squares of the
+    prompts' lengths (MEDHA.md section 2, [code]). A request in several shards counts in all its groups."""
+
+    def __init__(self, sharding: Sharding) -> None:
+        self._sharding = sharding
+        self._pending = [0] * sharding.groups
+
+    def place(self, request: Request) -> None:
+        """Choose the home of a new request; of equal ones the first."""
+        if self._sharding.groups > 1:
+            request.home = min(range(len(self._pending)), key=lambda home: self._work_at(home, request))
+            self._add(request, 1)
+
+    def prefilled(self, request: Request) -> None:
+        """Its prefill is complete, or given up."""
+        self._add(request, -1)
+
+    def recompute(self, request: Request) -> None:
+        """It has to prefill again, in the groups it had."""
+        self._add(request, 1)
+
+    def _groups(self, home: int, request: Request) -> list[int]:
+        return [self._sharding.group(home, shard) for shard in range(request.shards)]
+
+    def _work_at(self, home: int, request: Request) -> int:
+        return sum(self._pending[group] for group in self._groups(home, request))
+
+    def _add(self, request: Request, sign: int) -> None:
+        if self._sharding.groups > 1:
+            for group in self._groups(request.home, request):
+                self._pending[group] += sign * request.prefill_tokens**2
