@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from experiments.build import check_supported
 from experiments.tables import print_table
 from experiments.text import percent, seconds
 from profiler.iteration import IterationModel, OperatorRow
@@ -45,7 +44,6 @@ def predict(options: PredictOptions) -> int:
         raise InputError("predict: an iteration without tokens; give --chunk, --decodes or both")
     model, device = get_model(options.model), get_device(options.device)
     parallel = ParallelSpec(tp=options.tp, spp=options.spp, kvp=options.kvp)
-    check_supported(parallel)
     parallel.check(model, device)
     kernels = load_kernels(
         device, options.source, weight_dtype=options.weight_dtype, kv_dtype=options.kv_dtype
@@ -57,7 +55,8 @@ def predict(options: PredictOptions) -> int:
     if options.as_json:
         print(json.dumps(prediction(rows)))
     else:
-        title = f"{model.name} on {device.vendor_name}, TP {options.tp}, SPP {options.spp}"
+        kvp = f", KVP {options.kvp}" if options.kvp > 1 else ""
+        title = f"{model.name} on {device.vendor_name}, TP {options.tp}, SPP {options.spp}{kvp}"
         _print_table(f"{title}: {_what(options)}", rows)
     return 0
 
