@@ -19,12 +19,13 @@ class Lane:
         skips: requests that could not be added to the batch being formed.
     """
 
-    __slots__ = ("admitted", "groups", "ready", "skips", "unadmitted")
+    __slots__ = ("_first", "admitted", "groups", "ready", "skips", "unadmitted")
 
     def __init__(self, priority: Priority, groups: tuple[int, ...]) -> None:
         self.groups = groups
         self.admitted: PrefillQueue = make_queue(priority)
         self.unadmitted: PrefillQueue = make_queue(priority)
+        self._first = self.admitted
         self.ready: DecodePool | None = None
         self.skips = 0
 
@@ -33,13 +34,22 @@ class Lane:
         """Requests with prefill left that aren't in flight."""
         return len(self.admitted) + len(self.unadmitted)
 
-    def first(self, now_s: float, *, admitted_only: bool) -> tuple[Rank, PrefillQueue] | None:
-        """Rank and queue of the request that goes first."""
+    def first(self, now_s: float, *, admitted_only: bool) -> Rank | None:
+        """Rank of the request that goes first, which :meth:`pop` takes out; None if there is none."""
         held = self.admitted.peek(now_s)
-        new = None if admitted_only else self.unadmitted.peek(now_s)
-        if new is not None and (held is None or new < held):
-            return new, self.unadmitted
-        return None if held is None else (held, self.admitted)
+        self._first = self.admitted
+        if not admitted_only:
+            new = self.unadmitted.peek(now_s)
+            if new is not None and (held is None or new < held):
+                self._first = self.unadmitted
+                return new
+        return held
+
+    def pop(self, now_s: float) -> Request:
+        """Take out the request that :meth:`first` found."""
+        request = self._first.pop(now_s)
+        assert request is not None
+        return request
 
     def decode(self, request: Request, block_tokens: int) -> None:
         """The request has completed its prefill and decodes from here on."""

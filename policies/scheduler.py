@@ -23,6 +23,7 @@ from policies.kv_cache import GroupedKVCache
 from policies.lane import Lane
 from policies.placement import PendingWork
 from policies.priorities import LARS, Priority, find_priority
+from policies.queue import Rank
 from policies.request import Request
 from policies.sharding import ShardedCostModel, Sharding, SlowestGroup
 from policies.slo import Slo
@@ -250,6 +251,11 @@ class Scheduler:
         """Take the KV blocks of the pool's next step, from others if need be. False if it can't step: all
         the other blocks belong to batches in flight, or all its members had to give theirs up."""
         caches = self.kv.groups
+        if len(lane.groups) == 1:  # what follows, for the case that is almost always there
+            cache, blocks = caches[lane.groups[0]], pool.blocks_for(1)
+            if blocks <= cache.free_blocks:
+                cache.take(blocks)
+                return True
         while True:
             needs = self._blocks_needed(lane, pool)
             for group, blocks in needs:
@@ -357,11 +363,7 @@ class Scheduler:
         sharing: set[int] = set()  # groups in which a long request shares the iteration with short ones
         for lane in lanes:
             lane.skips = 0
-        while lanes:
-            lanes = [lane for lane in lanes if self._is_open(lane, batch)]
-            found = self._pop_first(lanes, batch.formed_s)
-            if found is None:
-                break
+        while (found := self._pop_first(lanes, batch)) is not None:
             lane, request = found
             if not self._add_chunk(request, batch, sharing):
                 passed.append(request)
@@ -375,22 +377,27 @@ class Scheduler:
         if lane.skips >= self.settings.max_skips:
             return False
         is_full, loads = self.chunking.is_full, batch.loads
-        return any(not is_full(loads[group]) for group in lane.groups)
+        if len(lane.groups) == 1:
+            return not is_full(loads[lane.groups[0]])
+        return not all(is_full(loads[group]) for group in lane.groups)
 
-    def _pop_first(self, lanes: list[Lane], now_s: float) -> tuple[Lane, Request] | None:
-        """The first waiting prefill; where memory is shut, only of those that hold KV blocks."""
-        first = None
+    def _pop_first(self, lanes: list[Lane], batch: Batch) -> tuple[Lane, Request] | None:
+        """The first waiting prefill that should be tried; where memory is shut, only of those that hold KV
+        blocks."""
+        now_s, shut_groups = batch.formed_s, self._memory_shut
+        best: Rank | None = None
+        first: Lane | None = None
         for lane in lanes:
-            shut = not self._memory_shut.isdisjoint(lane.groups)
-            found = lane.first(now_s, admitted_only=shut)
-            if found is not None and (first is None or found[0] < first[0]):
-                first = (*found, lane)
+            if not self._is_open(lane, batch):
+                continue
+            shut = bool(shut_groups) and not shut_groups.isdisjoint(lane.groups)
+            rank = lane.first(now_s, admitted_only=shut)
+            if rank is not None and (best is None or rank < best):
+                best, first = rank, lane
         if first is None:
             return None
-        _, queue, lane = first
-        request = queue.pop(now_s)
-        assert request is not None
-        return lane, request
+        request = first.pop(now_s)
+        return first, request
 
     def _add_chunk(self, request: Request, batch: Batch, sharing: set[int]) -> bool:
         """Add a chunk of ``request`` if one fits."""
@@ -428,9 +435,9 @@ class Scheduler:
         if request.kv_blocks:
             return True
         groups = self._groups_of(request)
-        if not self._memory_shut.isdisjoint(groups):
+        if self._memory_shut and not self._memory_shut.isdisjoint(groups):
             return False
-        has_seat = max(self._seats[group] for group in groups) < self.settings.max_batch_requests
+        has_seat = max([self._seats[group] for group in groups]) < self.settings.max_batch_requests
         if has_seat and self.kv.can_admit(request.home, self.kv.blocks_for(request.prefill_tokens)):
             return True
         self._memory_shut.update(groups)

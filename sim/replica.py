@@ -200,7 +200,6 @@ class Replica:
         and the times of all groups count.
         """
         work, cost, decodes = self.recorder.work, self.cost, batch.num_decodes
-        loads = batch.loads
         work.iterations += steps
         work.tokens += batch.tokens * steps
         work.rows += batch.rows * steps
@@ -209,21 +208,27 @@ class Replica:
             seen = steps * (batch.decode_context + decodes) + decodes * (steps * (steps - 1) // 2)
             work.attention_pairs += seen
             work.kv_tokens_read += seen
-        chunks_s = 0.0
         for chunk in batch.chunks:
             _, tokens, context = chunk
             work.attention_pairs += tokens * context + tokens * (tokens + 1) // 2
             work.kv_tokens_read += context + tokens
-            chunk_s = self.scheduler.attention_s(chunk)
-            chunks_s += chunk_s
             if cost.chunk_is_extrapolated(tokens, self.scheduler.sharding.in_shard(context)):
-                work.extrapolated_s += chunk_s
+                work.extrapolated_s += self.scheduler.attention_s(chunk)
+        loads = batch.loads
+        if len(loads) > 1:
+            self._count_loads(loads)
+            return
+        work.predicted_s += cost.tokens_s(batch.tokens, batch.rows, batch.requests) * steps + attention_s
+        if decodes and cost.decode_is_extrapolated(decodes, batch.decode_context):
+            chunks_s = sum(self.scheduler.attention_s(chunk) for chunk in batch.chunks)
+            work.extrapolated_s += attention_s - chunks_s
+
+    def _count_loads(self, loads: tuple[Load, ...]) -> None:
+        """Add up the predicted times of several KVP groups."""
+        work, cost = self.recorder.work, self.cost
         for load in loads:
             if load.requests:
-                load_s = attention_s if len(loads) == 1 else load.attention_s
-                work.predicted_s += cost.tokens_s(load.tokens, load.rows, load.requests) * steps + load_s
+                fixed_s = cost.tokens_s(load.tokens, load.rows, load.requests)
+                work.predicted_s += fixed_s + load.attention_s
             if load.num_decodes and cost.decode_is_extrapolated(load.num_decodes, load.decode_context):
-                if len(loads) == 1:
-                    work.extrapolated_s += attention_s - chunks_s
-                else:
-                    work.extrapolated_s += cost.decode_attention_s(load.num_decodes, load.decode_context)
+                work.extrapolated_s += cost.decode_attention_s(load.num_decodes, load.decode_context)
