@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from profiler.tables import Profile
+from specs.devices import DeviceSpec
 from specs.input_files import Fields
 from specs.models import ModelSpec
 
@@ -75,6 +77,18 @@ def mismatch(
         known = ", ".join(map(str, profile.model.get("tp", ())))
         return f"was measured for tensor parallelism {known}, not {tp}"
     return None
+
+
+def part_used(device: DeviceSpec, threads: int) -> DeviceSpec:
+    """The part of a device that `threads` of its cores are; all of it for 0, or for as many as there are.
+
+    Memory, links and the last-level cache are shared: one core may have them to itself.
+    """
+    if threads == 0 or threads >= device.num_sms:
+        return device
+    share = threads / device.num_sms
+    peaks = {dtype: peak * share for dtype, peak in device.peak_flops.items()}
+    return replace(device, num_sms=threads, peak_flops=peaks)
 
 
 def _stored(dtype: str) -> str:

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 from numpy.typing import ArrayLike
 
-from profiler.coverage import mismatch
+from profiler.coverage import mismatch, part_used
 from profiler.estimate import Estimate
 from profiler.overheads import HostOverhead, LayerCorrection
 from profiler.predictor import load_predictor
@@ -72,9 +72,11 @@ class Kernels(Protocol):
     ) -> Estimate:
         """A chunk over `context` keys of a KV shard that holds none of its own; with its log-sum-exp."""
 
-    def elementwise(self, num_bytes: ArrayLike, *, kind: str = "", rows: ArrayLike = 1.0) -> Estimate:
+    def elementwise(
+        self, num_bytes: ArrayLike, *, kind: str = "", rows: ArrayLike = 1.0, shards: ArrayLike = 2.0
+    ) -> Estimate:
         """A kernel that only moves bytes (read and written counted), over `rows` tokens; `kind` is one of
-        `profiler.work.KINDS`, or empty for any."""
+        `profiler.work.KINDS`, or empty for any; `shards` is how many a KVP merge merges."""
 
     def all_reduce(self, num_bytes: ArrayLike, ranks: ArrayLike) -> Estimate:
         """Sum of a vector of `num_bytes` over `ranks` devices."""
@@ -119,7 +121,11 @@ def load_kernels(
         return RooflineKernels(device, weight_dtype=weight_dtype, kv_dtype=kv_dtype)
     predictor = load_predictor(chosen, device)
     return TrainedKernels(
-        device, predictor, source=chosen.source, weight_dtype=weight_dtype, kv_dtype=kv_dtype
+        part_used(device, chosen.threads),
+        predictor,
+        source=chosen.source,
+        weight_dtype=weight_dtype,
+        kv_dtype=kv_dtype,
     )
 
 

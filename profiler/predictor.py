@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from profiler.coverage import part_used
+from profiler.formulas import make_physics
 from profiler.operators import MAX_RESIDUAL, LearnedState, OperatorModel
 from profiler.overheads import HostOverhead, LayerCorrection
-from profiler.roofline import AllReduce, DecodeAttention, Gemm, Physics, PrefillAttention
-from profiler.small_operators import small_operator
+from profiler.physics import Physics
 from profiler.tables import Profile, check_hash
 from specs.devices import DeviceSpec
 from specs.errors import InputError
@@ -48,24 +49,6 @@ class Predictor:
     residuals: Mapping[str, tuple[float, float, float]]
     host: HostOverhead | None = None
     layer: LayerCorrection | None = None
-
-
-def make_physics(device: DeviceSpec, operator: str, dtype: str, cached_bytes: int = 0) -> Physics:
-    """The formula of an operator on a device, `cached_bytes` of whose data are in its last-level cache.
-
-    Raises:
-        InputError: the device doesn't compute in `dtype`.
-    """
-    if operator == "all_reduce":
-        return AllReduce(device)
-    if (small := small_operator(device, operator, dtype, cached_bytes)) is not None:
-        return small
-    kinds: dict[str, type[Gemm] | type[PrefillAttention] | type[DecodeAttention]] = {
-        "gemm": Gemm,
-        "prefill_attention": PrefillAttention,
-        "decode_attention": DecodeAttention,
-    }
-    return kinds[operator](device, dtype, cached_bytes)
 
 
 def save_predictor(path: Path, profile: Profile, device: DeviceSpec, predictor: Predictor) -> None:
@@ -134,11 +117,12 @@ def load_predictor(profile: Profile, device: DeviceSpec, path: Path | None = Non
         check_hash(profile.path / info.file, info.sha256)
     entries = fields.mapping("operators")
     operators, residuals = {}, {}
+    part = part_used(device, profile.threads)
     for info in profile.tables:
         if info.key not in entries:
             continue
         entry = Fields(Fields(entries, str(path)).mapping(info.key), f"{path}: {info.key}")
-        model = OperatorModel(make_physics(device, info.operator, info.dtype, profile.cached_bytes))
+        model = OperatorModel(make_physics(part, info.operator, info.dtype, profile.cached_bytes))
         model.state_ = _state(path, info.key, entry, model.physics, arrays)
         operators[info.key] = model
         residuals[info.key] = _quantiles(entry, f"{path}: {info.key}")

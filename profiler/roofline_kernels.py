@@ -6,18 +6,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from profiler.estimate import Estimate, FloatArray, broadcast
+from profiler.formulas import make_physics
 from profiler.overheads import HostOverhead, LayerCorrection
-from profiler.roofline import (
-    STREAM_EFFICIENCY,
-    AllReduce,
-    DecodeAttention,
-    Gemm,
-    Physics,
-    PrefillAttention,
-    Shape,
-    activation_element,
-)
-from profiler.small_operators import ShardAttention
+from profiler.physics import STREAM_EFFICIENCY, Physics, Shape, activation_element
 from specs.devices import DeviceSpec
 from specs.errors import InputError
 from specs.models import DTYPE_BYTES
@@ -37,11 +28,11 @@ class RooflineKernels:
             if dtype not in DTYPE_BYTES:
                 raise InputError(f"{key}: {dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
         self.device = device
-        self._gemm = Gemm(device, weight_dtype)
-        self._prefill = PrefillAttention(device, kv_dtype)
-        self._decode = DecodeAttention(device, kv_dtype)
-        self._all_reduce = AllReduce(device)
-        self._shard = ShardAttention(device, kv_dtype)
+        self._gemm = make_physics(device, "gemm", weight_dtype)
+        self._prefill = make_physics(device, "prefill_attention", kv_dtype)
+        self._decode = make_physics(device, "decode_attention", kv_dtype)
+        self._shard = make_physics(device, "shard_attention", kv_dtype)
+        self._all_reduce = make_physics(device, "all_reduce", weight_dtype)
         self.activation_bytes = max(activation_element(weight_dtype), activation_element(kv_dtype))
         self.host: HostOverhead | None = None
         self.layer: LayerCorrection | None = None
@@ -76,7 +67,9 @@ class RooflineKernels:
         arrays = broadcast(chunk, context, heads, kv_heads, head_dim)
         return self._estimate(self._shard, dict(zip(names, arrays, strict=True)))
 
-    def elementwise(self, num_bytes: ArrayLike, *, kind: str = "", rows: ArrayLike = 1.0) -> Estimate:
+    def elementwise(
+        self, num_bytes: ArrayLike, *, kind: str = "", rows: ArrayLike = 1.0, shards: ArrayLike = 2.0
+    ) -> Estimate:
         num_bytes, _ = broadcast(num_bytes, rows)
         floor_s = num_bytes / self.device.memory_bandwidth_bytes_per_s
         return _roofline(self.device.kernel_launch_s + floor_s / STREAM_EFFICIENCY, floor_s)

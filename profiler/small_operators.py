@@ -5,34 +5,38 @@ from __future__ import annotations
 import numpy as np
 
 from profiler.estimate import FloatArray
-from profiler.roofline import (
+from profiler.physics import (
     STREAM_EFFICIENCY,
-    AllReduce,
     Parameter,
     Parameters,
     Physics,
-    PrefillAttention,
     Shape,
     log2_columns,
     soft_max,
 )
-from profiler.work import KINDS
+from profiler.roofline import AllReduce, PrefillAttention
 from specs.devices import DeviceSpec
+
+
+def elementwise_columns(kind: str) -> tuple[str, ...]:
+    """What the time of such an operator goes by."""
+    return ("num_bytes", "rows", "shards") if kind == "kvp_merge" else ("num_bytes", "rows")
 
 
 class Elementwise(Physics):
     """One kind of operator that moves `num_bytes` over `rows` rows.
 
-    time = launch + rows · row_s + bytes ÷ (bandwidth · efficiency). Its inputs have just been computed, so
+    time = launch + rows · row_s + bytes ÷ (bandwidth · efficiency), and a few launches for each partial
+    result that is merged beyond the first. Its inputs have just been computed, so
     as many bytes as the last-level cache holds set no floor.
     """
 
     growth_axis = 0
     family_axes: tuple[int, ...] = ()
-    columns: tuple[str, ...] = ("num_bytes", "rows")
 
     def __init__(self, device: DeviceSpec, kind: str) -> None:
         self.operator = kind
+        self.columns = elementwise_columns(kind)
         self.device = device
         self.bandwidth = device.memory_bandwidth_bytes_per_s
         self.parameters = {
@@ -41,6 +45,8 @@ class Elementwise(Physics):
             "bandwidth_efficiency": Parameter(STREAM_EFFICIENCY, 0.02, 20.0),
             "cached_efficiency": Parameter(2.0, 0.02, 40.0),
         }
+        if "shards" in self.columns:
+            self.parameters["step_s"] = Parameter(device.kernel_launch_s, 5e-7, 4e-4)
 
     def flop_and_bytes(self, shape: Shape) -> tuple[FloatArray, FloatArray]:
         return np.zeros_like(shape["num_bytes"]), shape["num_bytes"]
@@ -52,10 +58,13 @@ class Elementwise(Physics):
         num_bytes = shape["num_bytes"]
         cached = np.minimum(num_bytes, self.device.l2_bytes / 2) / p["cached_efficiency"]
         beyond = np.maximum(num_bytes - self.device.l2_bytes / 2, 0.0) / p["bandwidth_efficiency"]
-        return p["launch_s"] + shape["rows"] * p["row_s"] + (cached + beyond) / self.bandwidth
+        time_s = p["launch_s"] + shape["rows"] * p["row_s"] + (cached + beyond) / self.bandwidth
+        if "shards" in self.columns:
+            time_s = time_s + (shape["shards"] - 1.0) * p["step_s"]
+        return np.asarray(time_s)
 
     def features(self, shape: Shape) -> FloatArray:
-        return log2_columns(shape["num_bytes"], shape["rows"])
+        return log2_columns(*(shape[name] for name in self.columns))
 
 
 class ShardAttention(PrefillAttention):
@@ -112,14 +121,3 @@ class SendReceive(AllReduce):
 
     def features(self, shape: Shape) -> FloatArray:
         return log2_columns(shape["num_bytes"])
-
-
-def small_operator(device: DeviceSpec, operator: str, dtype: str, cached_bytes: int = 0) -> Physics | None:
-    """The formula of a small operator; None if it isn't one."""
-    if operator in KINDS:
-        return Elementwise(device, operator)
-    if operator == "shard_attention":
-        return ShardAttention(device, dtype, cached_bytes)
-    if operator == "all_gather":
-        return AllGather(device)
-    return SendReceive(device) if operator == "send_recv" else None

@@ -11,7 +11,7 @@ Columns, besides `time_s` (seconds a call) and optionally `spread_s` (between re
     decode_attention    batch, total_context_tokens, heads, kv_heads, head_dim    (summed over the batch)
     skewed_decode       the same with longest_context_tokens: contexts of very different lengths
     shard_attention     chunk_tokens, context_tokens, heads, kv_heads, head_dim   (no key of the chunk itself)
-    norm, rope, activation, kv_write, embedding, sampling
+    norm, rope_angles, rope, activation, kv_write, embedding, sampling
                         num_bytes, rows, width                 (moved in all; elements of a row)
     kvp_merge           num_bytes, rows, width, shards
     all_reduce, all_gather, send_recv
@@ -75,7 +75,7 @@ COLUMNS: dict[str, dict[str, str]] = {  # operator -> file column -> name in for
     },
     **{
         kind: {"num_bytes": "num_bytes", "rows": "rows", "width": "width"}
-        for kind in ("norm", "rope", "activation", "kv_write", "embedding", "sampling")
+        for kind in ("norm", "rope_angles", "rope", "activation", "kv_write", "embedding", "sampling")
     },
     "kvp_merge": {"num_bytes": "num_bytes", "rows": "rows", "width": "width", "shards": "shards"},
     **{
@@ -97,7 +97,7 @@ _MAY_BE_ZERO = {
 }
 _OPTIONAL = ("spread_s", "samples")
 _SOURCES = ("measured", "imported")
-_MEASURED_KEYS = ("model", "conditions", "skipped", "cached_bytes")
+_MEASURED_KEYS = ("model", "conditions", "skipped", "cached_bytes", "threads")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ class Profile:
     Of a measured profile only: `model`, the shapes it was measured for (see `profiler.coverage`);
     `conditions`, in words; `skipped`, the points that couldn't be measured, and why; `cached_bytes`, how
     much of an iteration's data stays in the last-level cache from one iteration to the next, since all
-    the weights fit into it: memory then sets no floor to as many bytes.
+    the weights fit into it: memory then sets no floor to as many bytes; `threads`, of a rank on a CPU, or 0.
     """
 
     path: Path
@@ -144,6 +144,7 @@ class Profile:
     conditions: Mapping[str, str] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
     cached_bytes: int = 0
+    threads: int = 0
 
     @property
     def name(self) -> str:
@@ -197,6 +198,7 @@ def read_profile(path: Path) -> Profile:
         else {},
         skipped=tuple(map(str, data.get("skipped") or ())),
         cached_bytes=fields.integer("cached_bytes", at_least=0, default=0),
+        threads=fields.integer("threads", at_least=0, default=0),
     )
 
 
@@ -221,7 +223,13 @@ def write_profile(profile: Profile) -> None:
         "tables": tables,
     }
     if profile.source == "measured":
-        measured = (profile.model, profile.conditions, list(profile.skipped), profile.cached_bytes)
+        measured = (
+            profile.model,
+            profile.conditions,
+            list(profile.skipped),
+            profile.cached_bytes,
+            profile.threads,
+        )
         data |= {key: value for key, value in zip(_MEASURED_KEYS, measured, strict=True) if value}
     text = yaml.safe_dump(data, sort_keys=False, width=110, allow_unicode=True)
     (profile.path / "profile.yaml").write_text(text, encoding="utf-8")

@@ -87,11 +87,14 @@ class TrainedKernels(RooflineKernels):
         fixed = {"chunk": chunk, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
         return self._climb(model, fixed, "context", context, _CONTEXT)
 
-    def elementwise(self, num_bytes: ArrayLike, *, kind: str = "", rows: ArrayLike = 1.0) -> Estimate:
+    def elementwise(
+        self, num_bytes: ArrayLike, *, kind: str = "", rows: ArrayLike = 1.0, shards: ArrayLike = 2.0
+    ) -> Estimate:
         if (model := self._models.get(kind)) is None:
-            return super().elementwise(num_bytes, kind=kind, rows=rows)
-        num_bytes, rows = broadcast(num_bytes, rows)
-        found = model.predict({"num_bytes": num_bytes.ravel(), "rows": rows.ravel()})
+            return super().elementwise(num_bytes, kind=kind, rows=rows, shards=shards)
+        num_bytes, rows, shards = broadcast(num_bytes, rows, shards)
+        shape = {"num_bytes": num_bytes.ravel(), "rows": rows.ravel(), "shards": shards.ravel()}
+        found = model.predict({name: shape[name] for name in model.physics.columns})
         return Estimate(
             found.time_s.reshape(rows.shape),
             found.floor_s.reshape(rows.shape),
@@ -161,6 +164,9 @@ class TrainedKernels(RooflineKernels):
 
         With `scale`, the rungs are in units of that column (context per request of a batch).
         """
+        if (block := model.physics.size_block) > 1:
+            # In serving hardly a size fills the last block: rungs that do are too low for those between.
+            rungs = rungs + ((rungs > 0) & (rungs % block == 0))
         flat = {column: values.ravel() for column, values in fixed.items()}
         combination, first = _combinations(list(flat.values()), size.size)
         unit = flat[scale] if scale else np.ones(size.size)

@@ -8,13 +8,27 @@ from __future__ import annotations
 
 from profiler.estimate import FloatArray
 
-KINDS = ("norm", "rope", "activation", "kv_write", "embedding", "sampling", "kvp_merge")
+KINDS = (
+    "norm",
+    "rope_angles",
+    "rope",
+    "activation",
+    "kv_write",
+    "embedding",
+    "sampling",
+    "kvp_merge",
+)
 LSE_BYTES = 4  # log-sum-exps are fp32
 
 
 def norm_bytes(tokens: FloatArray, hidden: int, element: int) -> FloatArray:
     """A norm and the addition to the residual: both inputs read, both results written."""
     return element * tokens * 4 * hidden
+
+
+def rope_angle_bytes(tokens: FloatArray, head_dim: int, element: int) -> FloatArray:
+    """Sines and cosines of a token's position, written once for all layers."""
+    return element * tokens * 2 * head_dim
 
 
 def rope_bytes(tokens: FloatArray, q_and_k_size: int, element: int) -> FloatArray:

@@ -61,6 +61,7 @@ class Cases:
             "decode_attention": self._decode,
             "skewed_decode": self._skewed,
             "norm": self._norm,
+            "rope_angles": self._rope_angles,
             "rope": self._rope,
             "activation": self._activation,
             "kv_write": self._kv_write,
@@ -185,6 +186,11 @@ class Cases:
 
         return call
 
+    def _rope_angles(self, point: Point) -> Call:
+        positions = torch.arange(point["rows"], device=self.device)
+        frequencies = layers.rope_frequencies(self.model, self.device)
+        return lambda i: layers.rope_angles(positions, frequencies, self.dtype)
+
     def _rope(self, point: Point) -> Call:
         tokens, heads = point["rows"], point["width"] // self.model.head_dim
         frequencies = layers.rope_frequencies(self.model, self.device)
@@ -208,13 +214,13 @@ class Cases:
 
     def _embedding(self, point: Point) -> Call:
         model = self.model
-        weight = self.numbers(model.vocab_size, model.hidden_size)
+        weights = self.weights(model.vocab_size, model.hidden_size)
         generator = torch.Generator().manual_seed(1)
         draws = [
             torch.randint(model.vocab_size, (point["rows"],), generator=generator).to(self.device)
             for _ in range(16)
         ]
-        return lambda i: layers.embed(weight, draws[i % len(draws)])
+        return lambda i: layers.embed(weights[i % len(weights)], draws[i % len(draws)])
 
     def _sampling(self, point: Point) -> Call:
         logits = self.numbers(point["rows"], point["width"])

@@ -62,7 +62,7 @@ def check(
     if profile.conditions.get("device") not in (None, called):
         raise InputError(f"{folder}: was measured on {profile.conditions['device']!r}, this is {called!r}")
     if here.type == "cpu":
-        torch.set_num_threads(threads or int(profile.conditions.get("threads") or torch.get_num_threads()))
+        torch.set_num_threads(threads or profile.threads or torch.get_num_threads())
     drifts = _drifts(profile, here)
     for drift in drifts:
         verdict = "holds" if drift.holds else "HAS MOVED"

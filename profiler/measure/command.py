@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from profiler.coverage import model_entry
+from profiler.coverage import model_entry, part_used
 from profiler.measure import environment
 from profiler.measure.ceilings import measure_ceilings
 from profiler.measure.collectives import possible_ranks
@@ -27,6 +27,7 @@ from profiler.measure.refine import Refiner
 from profiler.measure.result import below_floor, write_result
 from profiler.measure.session import Session, interleave
 from profiler.measure.store import Store
+from profiler.measure.timing import CORE
 from profiler.tables import Profile
 from runtime.runner import DTYPES, find_device
 from specs.devices import DeviceSpec, get_device, list_devices
@@ -84,6 +85,7 @@ class SetUp:
     grid: Grid
     scale: float
     tps: tuple[int, ...]
+    threads: int
 
     @property
     def cached_bytes(self) -> int:
@@ -107,6 +109,8 @@ def set_up(options: MeasureOptions) -> SetUp:
     spec.peak_flops_for(dtype)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    threads = torch.get_num_threads() if device.type == "cpu" else 0
+    spec = part_used(spec, threads)
     possible = tuple(tp_choices(model, spec))
     tps = options.tps or possible
     for tp in tps:
@@ -142,6 +146,7 @@ def set_up(options: MeasureOptions) -> SetUp:
         grid=Grid(model, spec, dtype, limits, only=options.only),
         scale=QUICK_SCALE if options.quick else 1.0,
         tps=tuple(sorted(tps)),
+        threads=threads,
     )
 
 
@@ -194,6 +199,7 @@ def measure(options: MeasureOptions, say: Callable[[str], None] = print) -> Prof
         conditions=conditions,
         kernel_source=f"runtime, {measurer.cases.backend.name}",
         cached_bytes=real.cached_bytes,
+        threads=real.threads,
     )
     _say_result(profile, real, store, quantile, say)
     return profile
@@ -206,6 +212,7 @@ OPERATORS = (
     "decode_attention",
     "skewed_decode",
     "norm",
+    "rope_angles",
     "rope",
     "activation",
     "kv_write",
@@ -261,7 +268,7 @@ def _identity(real: SetUp, options: MeasureOptions) -> dict[str, Any]:
         "called": environment.describe(real.device),
         "model": model_entry(real.model, real.tps),
         "dtype": real.dtype,
-        "threads": torch.get_num_threads() if real.device.type == "cpu" else None,
+        "threads": real.threads,
         "torch": str(torch.__version__),
         "attention": options.attention,
     }
@@ -284,9 +291,9 @@ def _conditions(
         "system": platform.platform(),
         "dtype": real.dtype,
         "attention": measurer.cases.backend.name,
-        "threads": str(torch.get_num_threads()) if real.device.type == "cpu" else "",
         "before": _joined(before),
         "after": _joined(environment.state(real.device)),
+        "slow moments": f"{CORE.slow_share:.0%} of the probes" if real.device.type == "cpu" else "",
         "commit": environment.git_commit() or "",
         "statistic": f"{QUANTILE[real.device.type]:g} quantile over visits of the median over samples",
     }

@@ -9,8 +9,8 @@ from itertools import product
 import numpy as np
 
 from profiler.estimate import FloatArray
+from profiler.formulas import make_physics
 from profiler.measure.points import Point
-from profiler.predictor import make_physics
 from profiler.tables import COLUMNS
 from profiler.work import (
     activation_bytes,
@@ -18,6 +18,7 @@ from profiler.work import (
     kv_write_bytes,
     kvp_merge_bytes,
     norm_bytes,
+    rope_angle_bytes,
     rope_bytes,
     sampling_bytes,
 )
@@ -33,6 +34,7 @@ _COARSE = {
     "shard_attention": 28,
     "skewed_decode": 16,
     "norm": 14,
+    "rope_angles": 12,
     "rope": 14,
     "activation": 14,
     "kv_write": 14,
@@ -205,6 +207,7 @@ class Grid:
                 continue
             num_bytes, width = {
                 "norm": (norm_bytes(rows, model.hidden_size, element), model.hidden_size),
+                "rope_angles": (rope_angle_bytes(rows, d, element), d),
                 "rope": (rope_bytes(rows, (heads + kv_heads) * d, element), (heads + kv_heads) * d),
                 "kv_write": (kv_write_bytes(rows, kv_heads * d, element), kv_heads * d),
                 "activation": (activation_bytes(rows, inter, element), inter),
@@ -217,7 +220,9 @@ class Grid:
         """Chunks alone, decodes alone, and chunks beside decodes."""
         tps = (min(self.limits.tps), max(self.limits.tps))
         chunks = [0, *_steps(16, self.limits.tokens // 2, 1)]
-        contexts = [c for c in self._contexts() if c <= max(self.limits.context_tokens // 8, 4096)][::2]
+        # Every second one: those between powers of two, which like most in serving fill no kernel's blocks.
+        contexts = [c for c in self._contexts() if c <= max(self.limits.context_tokens // 8, 4096)]
+        contexts = [0, *contexts[2::2]]
         for tp, chunk, context, decodes, each in product(
             sorted(set(tps)), chunks, contexts, [0, *_steps(1, self.limits.decodes, 1)], contexts[1:]
         ):

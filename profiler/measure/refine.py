@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from profiler.estimate import FloatArray
+from profiler.formulas import make_physics
 from profiler.measure.grid import coordinates, shape_of
 from profiler.measure.points import Point
 from profiler.measure.store import Measured, Store
 from profiler.operators import OperatorModel
-from profiler.predictor import make_physics
 from specs.devices import DeviceSpec
 
 FOLDS = 4

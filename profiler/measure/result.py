@@ -8,17 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from profiler.formulas import MODELLED, make_physics
 from profiler.measure.grid import shape_of
 from profiler.measure.store import Store
-from profiler.predictor import make_physics
 from profiler.tables import Profile, Table, TableInfo, write_profile, write_table
 from specs.devices import DeviceSpec
-
-UNMODELLED = (
-    "layer",
-    "host",
-    "skewed_decode",
-)  # tables that a predictor is held against, or a line fitted to
 
 
 def write_result(
@@ -34,6 +28,7 @@ def write_result(
     conditions: Mapping[str, str],
     kernel_source: str,
     cached_bytes: int,
+    threads: int,
 ) -> Profile:
     """Write the tables of everything measured, and `profile.yaml`."""
     infos = []
@@ -66,6 +61,7 @@ def write_result(
         conditions=conditions,
         skipped=tuple(f"{point}: {reason}" for point, reason in store.failed()),
         cached_bytes=cached_bytes,
+        threads=threads,
     )
     write_profile(profile)
     return profile
@@ -75,7 +71,7 @@ def below_floor(profile: Profile, device: DeviceSpec, store: Store, quantile: fl
     """How many measurements of each operator with a formula beat the floor: there should be none."""
     counts = {}
     for info in profile.tables:
-        if info.operator in UNMODELLED:
+        if info.operator not in MODELLED:
             continue
         measured = store.measured()[info.operator]
         points = list(measured)

@@ -19,10 +19,14 @@ Call = Callable[[int], object]
 
 WARM_UP = 2
 SHORTEST_SAMPLE_S = 2e-4  # shorter calls are repeated within a sample, so that reading the clock is nothing
-MOST_SAMPLES = 25
+MOST_SAMPLES = 50
 FEWEST_SAMPLES = 5
 MOST_REPEATS = 200
-PATIENCE = 4  # times the intended duration that a visit may last for the sake of undisturbed samples
+PATIENCE = 4  # times the intended duration that a visit may last for the sake of undisturbed samples …
+PATIENCE_S = 1.0  # … and this long at least: on a shared host, slow moments last up to a second
+SLOW = 1.12  # times its usual duration, from which a probe says that the machine is slow just now
+_PROBE_OPERATIONS = 30
+_PROBES = 4000  # of which the usual duration is taken
 MOST_LAUNCHES = 20  # calls queued at once on a GPU, so that the launch queue is never full
 _SLEEP_CYCLES_PER_S = 2e9
 
@@ -49,26 +53,30 @@ def sample(call: Call, device: torch.device, visit_s: float) -> Samples:
 
 
 def _on_cpu(call: Call, visit_s: float) -> list[float]:
-    """Samples in which no thread of ours had to wait for a core; all samples if there are none."""
+    """Samples in which no thread of ours had to wait for a core and the core ran at its usual speed; the
+    quickest of all if there are too few."""
     clock = time.perf_counter
     began_s = clock()
     call(WARM_UP)
     once_s = max(clock() - began_s, 1e-7)
     repeats = min(max(math.ceil(SHORTEST_SAMPLE_S / once_s), 1), MOST_REPEATS)
     wanted = _number_of_samples(once_s * repeats, visit_s)
-    give_up_s = clock() + PATIENCE * max(visit_s, 2 * once_s)
+    give_up_s = clock() + max(PATIENCE * max(visit_s, 2 * once_s), PATIENCE_S)
     waiting = _Waiting()
     times: list[float] = []
     disturbed: list[float] = []
     done = WARM_UP + 1
     while len(times) < wanted and (clock() < give_up_s or not (times or disturbed)):
+        quiet = CORE.is_quiet()
+        if not quiet and clock() < give_up_s:
+            continue
         waited_s = waiting.seconds()
         began_s = clock()
         for i in range(done, done + repeats):
             call(i)
         elapsed_s = clock() - began_s
         done += repeats
-        is_clean = waiting.seconds() - waited_s < 0.01 * elapsed_s
+        is_clean = quiet and waiting.seconds() - waited_s < 0.01 * elapsed_s and CORE.is_quiet()
         (times if is_clean else disturbed).append(elapsed_s / repeats)
     waiting.close()
     if len(times) >= min(wanted, 3):
@@ -107,6 +115,55 @@ def _number_of_samples(sample_s: float, visit_s: float) -> int:
     if sample_s > visit_s:
         return 3 if sample_s < 4 * visit_s else 1
     return int(min(max(visit_s / sample_s, FEWEST_SAMPLES), MOST_SAMPLES))
+
+
+class Core:
+    """Whether this core runs at its usual speed.
+
+    Virtual machines share cores with others: for moments of 50 ms to a second everything takes 1.3 to 2 times
+    as long, and nothing in the system says so. A probe of a few small operations does.
+    """
+
+    def __init__(self) -> None:
+        self._x: torch.Tensor | None = None
+        self._durations_s: list[float] = []
+        self._usual_s = 0.0
+        self.probes = self.slow = 0
+
+    def is_quiet(self) -> bool:
+        """Take a probe, of about 80 µs."""
+        duration_s = self._probe()
+        self.probes += 1
+        is_quiet = duration_s < SLOW * self._usual_s
+        self.slow += not is_quiet
+        return is_quiet
+
+    @property
+    def slow_share(self) -> float:
+        """Share of the probes so far that found the machine slow."""
+        return self.slow / max(self.probes, 1)
+
+    def _probe(self) -> float:
+        if self._x is None:
+            self._x = torch.ones(4, 256)
+            for _ in range(60):
+                self._probe()
+        x = self._x
+        # Twice: what ran before may have left nothing of the probe's own code in the caches.
+        for _ in range(2):
+            began_s = time.perf_counter()
+            for _ in range(_PROBE_OPERATIONS):
+                x * x
+            duration_s = time.perf_counter() - began_s
+        durations = self._durations_s
+        durations.append(duration_s)
+        if len(durations) % 50 == 0:
+            self._usual_s = float(np.quantile(durations, 0.1))
+            del durations[: len(durations) - _PROBES]
+        return duration_s
+
+
+CORE = Core()
 
 
 class _Waiting:

@@ -1,0 +1,96 @@
+"""What the operators, measured one by one, are held against: whole layers, uneven contexts, the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from profiler.coverage import entry_model
+from profiler.estimate import BoolArray, FloatArray
+from profiler.evaluation import Errors, by_folds
+from profiler.kernels import Kernels
+from profiler.layer_parts import layer_parts_s
+from profiler.overheads import HostOverhead, LayerCorrection, fit_host, fit_layer
+from profiler.tables import Profile, Table
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """Whole layers against the sum of their operators: `corrected` by a line in tokens, held out."""
+
+    parts: Errors
+    corrected: Errors
+    correction: LayerCorrection
+    noise: float | None  # median spread between repeats ÷ time
+
+    def lines(self) -> list[str]:
+        """For people."""
+        found = self.correction
+        return [
+            f"whole layers ({self.parts.rows} batches): sum of the parts {self.parts}, corrected by "
+            f"{1e6 * found.base_s:+.1f} µs and {1e9 * found.per_token_s:+.1f} ns a token {self.corrected}"
+        ]
+
+
+def judge_layers(profile: Profile, table: Table, kernels: Kernels, count: int) -> LayerReport:
+    """Predict every whole layer from its operators; fit what is missing, and say how well that does held out.
+
+    Raises:
+        InputError: the profile doesn't say of which model they are.
+    """
+    parts_s = whole_layers_s(profile, table, kernels)
+    tokens = table.shape["chunk"] + table.shape["decodes"]
+
+    def predict(train: BoolArray, held: BoolArray) -> FloatArray:
+        base_s, per_token_s = fit_layer(tokens[train], parts_s[train], table.time_s[train])
+        return corrected_s(parts_s[held], LayerCorrection(base_s, per_token_s), tokens[held])
+
+    predicted_s = by_folds(count, len(table), predict)
+    low, high = np.quantile(np.log(table.time_s / predicted_s), [0.05, 0.95])
+    base_s, per_token_s = fit_layer(tokens, parts_s, table.time_s)
+    return LayerReport(
+        Errors.of(parts_s, table.time_s),
+        Errors.of(predicted_s, table.time_s),
+        LayerCorrection(base_s, per_token_s, (float(low), float(high))),
+        noise_of(table),
+    )
+
+
+def whole_layers_s(profile: Profile, table: Table, kernels: Kernels) -> FloatArray:
+    """Seconds of each row of a table of layers, summed over its operators."""
+    model = entry_model(profile.model, str(profile.path))
+    shape = {name: column for name, column in table.shape.items() if name != "tp"}
+    seconds = np.empty(len(table))
+    for tp in np.unique(table.shape["tp"]):
+        rows = table.shape["tp"] == tp
+        part = {name: column[rows] for name, column in shape.items()}
+        seconds[rows] = layer_parts_s(model, kernels, tp=int(tp), **part)
+    return seconds
+
+
+def corrected_s(parts_s: FloatArray, correction: LayerCorrection, tokens: FloatArray) -> FloatArray:
+    """The sum of the parts and what they miss; never less than half the sum."""
+    return np.maximum(parts_s + correction.at(tokens), 0.5 * parts_s)
+
+
+def judge_skewed(table: Table, kernels: Kernels) -> Errors:
+    """Decodes of very different contexts, predicted by their sum alone."""
+    shape = {name: column for name, column in table.shape.items() if name != "longest_context"}
+    return Errors.of(kernels.decode_attention(**shape).time_s, table.time_s)
+
+
+def judge_host(table: Table, count: int) -> tuple[Errors, HostOverhead]:
+    """The line through the host's times, and how well it does held out."""
+    requests = table.shape["requests"]
+
+    def predict(train: BoolArray, held: BoolArray) -> FloatArray:
+        return fit_host(requests[train], table.time_s[train]).at(requests[held])
+
+    errors = Errors.of(by_folds(count, len(table), predict), table.time_s)
+    return errors, fit_host(requests, table.time_s)
+
+
+def noise_of(table: Table) -> float | None:
+    """Median of the spread between repeats, as a share of the time: no predictor is better than that."""
+    return None if table.spread_s is None else float(np.median(table.spread_s / table.time_s))
