@@ -23,10 +23,13 @@ from numpy.typing import NDArray
 from experiments.build import Experiment
 from experiments.config import QuantileTolerance, RequestTolerance
 from experiments.live_records import LiveRun
+from policies.batch import Load
+from policies.sharding import Sharding, SlowestGroup
 from profiler.iteration import IterationModel
-from profiler.kernels import find_profile
+from profiler.kernels import Wanted, find_profile
 from profiler.predictor import load_predictor
 from profiler.tables import read_profile
+from traces.slices import Slice
 from traces.workload import Workload
 
 FloatArray = NDArray[np.float64]
@@ -89,7 +92,8 @@ def operator_errors(experiment: Experiment) -> list[OperatorErrors]:
     elif config.predictor.source == "roofline":
         return []
     else:
-        found = find_profile(experiment.device, config.predictor.source)
+        wanted = Wanted(experiment.model, experiment.parallel.tp, config.dtype.weight, config.dtype.kv)
+        found = find_profile(experiment.device, config.predictor.source, wanted=wanted)
         if found is None:
             return []
         profile = found
@@ -138,8 +142,11 @@ class BatchTimes:
         )
 
 
-def batch_times(run: LiveRun, workload: Workload, cost: IterationModel) -> BatchTimes:
-    """Predictions for the batches of a live run beside the times they took, stage by stage."""
+def batch_times(run: LiveRun, workload: Workload, cost: IterationModel, sharding: Sharding) -> BatchTimes:
+    """Predictions for the batches of a live run beside the times they took, stage by stage.
+
+    They are made from what the batches held alone, so they don't depend on decisions being the same today.
+    """
     prompts = workload.prompt_tokens.astype(np.int64)
     yields = run.slices.yields_token(prompts).tolist()
     prompt_tokens: list[int] = prompts.tolist()
@@ -147,21 +154,16 @@ def batch_times(run: LiveRun, workload: Workload, cost: IterationModel) -> Batch
     kinds: list[int] = []
     place = 0
     for batch in run.slices.of_batches():
-        tokens = rows = decodes = decode_context = 0
-        attention_s = 0.0
-        for request_id, count, context in batch:
-            tokens += count
-            rows += yields[place]
-            if count == 1 and context >= prompt_tokens[request_id] and yields[place]:
-                decodes += 1
-                decode_context += context
+        predicted = _PredictedBatch(cost, sharding)
+        for each in batch:
+            request_id, tokens, context, _ = each
+            if tokens == 1 and context >= prompt_tokens[request_id] and yields[place]:
+                predicted.add_decode(each)
             else:
-                attention_s += cost.chunk_attention_s(count, context)
+                predicted.add_chunk(each, yields[place])
             place += 1
-        if decodes:
-            attention_s += cost.decode_attention_s(decodes, decode_context)
-        stages_s.append(cost.stage_times_s(tokens, rows, len(batch), attention_s))
-        kinds.append(0 if decodes == len(batch) else 1 if decodes else 2)
+        stages_s.append(predicted.stages_s())
+        kinds.append(0 if predicted.decodes == len(batch) else 1 if predicted.decodes else 2)
     batches = run.records.batches
     at = batches["batch"]
     return BatchTimes(
@@ -169,6 +171,45 @@ def batch_times(run: LiveRun, workload: Workload, cost: IterationModel) -> Batch
         measured_s=batches["end_s"] - batches["start_s"],
         kind=np.array(kinds, dtype=np.int64)[at],
     )
+
+
+class _PredictedBatch:
+    """What each KVP group executes of a batch, counted as the scheduler counts it."""
+
+    def __init__(self, cost: IterationModel, sharding: Sharding) -> None:
+        self._cost, self._sharding = cost, sharding
+        self._slowest = SlowestGroup(cost, sharding)
+        self._loads = [Load() for _ in range(sharding.groups)]
+        self._together: list[list[int]] = [[] for _ in self._loads]  # shards of each decode with several
+        self.decodes = 0
+
+    def add_chunk(self, chunk: Slice, yields_token: bool) -> None:
+        _, tokens, context, home = chunk
+        for shard, attention_s in enumerate(self._slowest.by_shard_s(tokens, context)):
+            load = self._loads[self._sharding.group(home, shard)]
+            load.count_chunk(tokens, yields_token and shard == 0, attention_s)
+
+    def add_decode(self, decode: Slice) -> None:
+        _, _, context, home = decode
+        self.decodes += 1
+        shards = self._sharding.shards(context + 1)
+        for shard in range(shards):
+            group = self._sharding.group(home, shard)
+            self._loads[group].count_decodes(1, shard == 0, self._sharding.stored(context, shard), 0.0)
+            if shards > 1:
+                self._together[group].append(shards)
+
+    def stages_s(self) -> list[float]:
+        """Seconds of each stage: as long as in its slowest group."""
+        times_s = []
+        for load, shards_of in zip(self._loads, self._together, strict=True):
+            if load.requests == 0:
+                continue
+            attention_s = load.attention_s + self._slowest.merge_decodes_s(shards_of)
+            if load.num_decodes:
+                attention_s += self._cost.decode_attention_s(load.num_decodes, load.decode_context)
+            times_s.append(self._cost.stage_times_s(load.tokens, load.rows, load.requests, attention_s))
+        return [max(stage) for stage in zip(*times_s, strict=True)]
 
 
 # -- requests -------------------------------------------------------------------------------------------

@@ -190,7 +190,7 @@ class _NotingExecutor:
     def submit(self, plan: Plan) -> None:
         self._executor.submit(plan)
         if plan.id >= 0:  # not the warm-up
-            self.log.add(plan.id, [(each.request, each.tokens, each.start) for each in plan.slices])
+            self.log.add(plan.id, [(s.request, s.tokens, s.start, s.home) for s in plan.slices])
 
     def wait(self, timeout_s: float | None = None) -> StageDone | None:
         return self._executor.wait(timeout_s)

@@ -256,6 +256,11 @@ def _check_batches(
     problems: Sequence[tuple[NDArray[np.bool_], str, str]] = (
         (np.diff(slices.batch, prepend=-1 if count else 0) > 1, _SLICES, "batches must be numbered from 0"),
         (slices.request_id >= len(experiment.workload), _SLICES, "there is no such request"),
+        (
+            slices.home >= experiment.parallel.kvp,
+            _SLICES,
+            f"home must be below kvp, {experiment.parallel.kvp}",
+        ),
         (batches["batch"] >= count, "batches.csv", "there is no such batch in " + _SLICES),
         (batches["stage"] >= stages, "batches.csv", f"stage must be below spp, which is {stages}"),
         (batches["steps"] != 1, "batches.csv", "steps must be 1 in a live run"),

@@ -69,7 +69,7 @@ def climb(experiment: Experiment, simulated: dict[str, Any], runs: Sequence[Live
     tolerance = experiment.config.validation
     workload, setup = experiment.workload, experiment.setup
     operators = operator_errors(experiment)
-    parts = [batch_times(run, workload, experiment.iteration) for run in runs]
+    parts = [batch_times(run, workload, experiment.iteration, setup.sharding) for run in runs]
     iterations = BatchTimes.joined(parts).errors()
     parities = [replay(workload, with_capacity_of(run, experiment).setup, run.times()) for run in runs]
     same_cost = all(run.cost in ("", fingerprint(setup.cost)) for run in runs)

@@ -63,6 +63,6 @@ def make_plan(batch: Batch, sequences: dict[int, Sequence], freed: list[int]) ->
 
     for chunk in batch.chunks:
         add(chunk.request, chunk.context, chunk.tokens, chunk.is_last)
-    for request, _ in batch.slices[len(batch.chunks) :]:
+    for request in batch.decodes():
         add(request, request.kv_tokens, 1, True)
     return Plan(batch.id, slices, np.concatenate(parts), freed)

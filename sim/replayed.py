@@ -18,12 +18,10 @@ from numpy.typing import NDArray
 from policies.batch import Batch
 from sim.cluster import Cluster, Setup
 from sim.replica import Replica
-from traces.slices import Slices
+from traces.slices import Slice, Slices
 from traces.workload import Workload
 
 FloatArray = NDArray[np.float64]
-Slice = tuple[int, int, int]
-"""(request, tokens, context)"""
 
 _SAME_TIME_S = 1e-6  # rounding is far below, and no decision is that quick
 _SHOWN = 3  # slices that a message shows
@@ -154,9 +152,9 @@ class _ReplayedReplica(Replica):
 
 
 def slices_of(batch: Batch) -> list[Slice]:
-    """A batch that has just been formed as (request, tokens, context), chunks first."""
-    chunks = [(chunk.request.id, chunk.tokens, chunk.context) for chunk in batch.chunks]
-    return chunks + [(request.id, 1, request.kv_tokens) for request, _ in batch.slices[len(chunks) :]]
+    """A batch that has just been formed, chunks first."""
+    chunks = [(c.request.id, c.tokens, c.context, c.request.home) for c in batch.chunks]
+    return chunks + [(request.id, 1, request.kv_tokens, request.home) for request in batch.decodes()]
 
 
 def delay_until(moment_s: float, now_s: float) -> float:
@@ -178,6 +176,6 @@ def _show(slices: list[Slice]) -> str:
     """A few slices in words."""
     if not slices:
         return "nothing more"
-    parts = [f"request {id}: {tokens} behind {context}" for id, tokens, context in slices[:_SHOWN]]
+    parts = [f"request {id}: {tokens} behind {context}" for id, tokens, context, _ in slices[:_SHOWN]]
     more = f" and {len(slices) - _SHOWN} more" if len(slices) > _SHOWN else ""
     return f"[{'; '.join(parts)}{more}]"

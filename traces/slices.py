@@ -1,8 +1,8 @@
 """What every batch held: its slices, one row each, and what can be told from them.
 
 A slice is ``tokens`` consecutive tokens of one request, behind ``context`` tokens that are cached: a chunk of
-its prefill, or the one token of a decode. With the times at which batches end, slices tell when every token
-came out.
+its prefill, or the one token of a decode. ``home`` is the KVP group in which the request begins. With the
+times at which batches end, slices tell when every token came out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from numpy.typing import NDArray
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
-SLICE_COLUMNS = ("batch", "request_id", "tokens", "context")
+SLICE_COLUMNS = ("batch", "request_id", "tokens", "context", "home")
+
+Slice = tuple[int, int, int, int]
+"""(request, tokens, context, home)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +33,17 @@ class Slices:
     request_id: IntArray
     tokens: IntArray
     context: IntArray
+    home: IntArray
 
     def __len__(self) -> int:
         return len(self.batch)
 
-    def of_batches(self) -> list[list[tuple[int, int, int]]]:
-        """The slices of each batch, from batch 0 on, as (request, tokens, context)."""
+    def of_batches(self) -> list[list[Slice]]:
+        """The slices of each batch, from batch 0 on."""
         count = int(self.batch[-1]) + 1 if len(self) else 0
         borders = np.searchsorted(self.batch, np.arange(count + 1)).tolist()
-        columns = (self.request_id.tolist(), self.tokens.tolist(), self.context.tolist())
-        rows = list(zip(*columns, strict=True))
+        columns = (self.request_id, self.tokens, self.context, self.home)
+        rows = list(zip(*(column.tolist() for column in columns), strict=True))
         return [rows[borders[i] : borders[i + 1]] for i in range(count)]
 
     def yields_token(self, prompt_tokens: IntArray) -> NDArray[np.bool_]:
@@ -78,10 +82,10 @@ class SliceLog:
     def __init__(self) -> None:
         self._values = array("q")
 
-    def add(self, batch: int, slices: Iterable[tuple[int, int, int]]) -> None:
-        """A batch with its slices as (request, tokens, context)."""
-        for request_id, tokens, context in slices:
-            self._values.extend((batch, request_id, tokens, context))
+    def add(self, batch: int, slices: Iterable[Slice]) -> None:
+        """A batch with its slices."""
+        for each in slices:
+            self._values.extend((batch, *each))
 
     def slices(self) -> Slices:
         """Everything so far."""
@@ -91,10 +95,8 @@ class SliceLog:
 
 def write_slices_csv(slices: Slices, path: Path) -> None:
     """Write a gzip CSV with the columns of ``SLICE_COLUMNS``; the same slices give the same bytes."""
-    columns = (slices.batch, slices.request_id, slices.tokens, slices.context)
+    columns = [getattr(slices, name).tolist() for name in SLICE_COLUMNS]
     with path.open("wb") as raw, gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as packed:
         lines = [",".join(SLICE_COLUMNS)]
-        lines += [
-            f"{b},{r},{t},{c}" for b, r, t, c in zip(*(column.tolist() for column in columns), strict=True)
-        ]
+        lines += [",".join(map(str, row)) for row in zip(*columns, strict=True)]
         packed.write(("\n".join(lines) + "\n").encode("ascii"))

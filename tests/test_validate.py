@@ -1,0 +1,376 @@
+"""``convoy validate``: each rung is told from the others, and the exit status says what the table says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import yaml
+
+from experiments.build import Experiment, build
+from experiments.cases import load_cases
+from experiments.cli import main
+from experiments.config import RequestTolerance
+from experiments.ladder import ErrorSummary, batch_times, compare_requests
+from experiments.live_records import LiveRun
+from experiments.load import load_config
+from policies.batch import Batch
+from sim.cluster import Cluster
+from sim.replayed import RecordedRun, delay_until, replay, slices_of
+from sim.replica import Replica
+from specs.errors import InputError
+from tests.test_live import CONFIG
+from traces.slices import SliceLog
+
+pytest.importorskip("torch")
+
+LOOSE = {"p50": 1e6, "p90": 1e6}
+TIGHT = {"p50": 1e-9, "p90": 1e-9, "noise_factor": 0.0}
+
+
+def write(folder: Path, changes: dict[str, Any] | None = None) -> Path:
+    path = folder / "C.yaml"
+    path.write_text(yaml.safe_dump(CONFIG | (changes or {}), sort_keys=False))
+    return path
+
+
+# -- replay: a simulation under recorded times ------------------------------------------------------------
+
+
+class _Noting(Replica):
+    """A replica that records what a live run would: slices and times."""
+
+    def __init__(self, *arguments: Any, log: SliceLog, ends: list[dict[int, float]], **options: Any) -> None:
+        self._log, self._ends = log, ends
+        super().__init__(*arguments, **options)
+
+    def stage_s(self, batch: Batch, stage: int) -> float:
+        if stage == 0:
+            self._log.add(batch.id, slices_of(batch))
+            self._ends.append({-1: self.env.now})
+        # Slower than predicted by a factor that changes from batch to batch.
+        time_s = super().stage_s(batch, stage) * (1.0 + 0.37 * (batch.id % 5))
+        self._ends[batch.id][stage] = self.env.now + time_s
+        return time_s
+
+    def handover_s(self, batch: Batch) -> float:
+        return 0.0
+
+
+def experiment(tmp_path: Path, **changes: Any) -> Experiment:
+    path = write(tmp_path, changes)
+    return build(load_config(path), str(path))
+
+
+def noted(made: Experiment) -> tuple[RecordedRun, LiveRun]:
+    """A run in which batches take other times than predicted, and its records."""
+    log: SliceLog = SliceLog()
+    ends: list[dict[int, float]] = []
+
+    def replica(*arguments: Any, **options: Any) -> Replica:
+        return _Noting(*arguments, log=log, ends=ends, **options)
+
+    records = Cluster(made.workload, made.setup, step_by_step=True, replica=replica).run()
+    stages = made.parallel.spp
+    run = RecordedRun(
+        log.slices(),
+        np.array([each[-1] for each in ends]),
+        np.array([[each[stage] for stage in range(stages)] for each in ends]),
+    )
+    return run, LiveRun(records, run.slices)
+
+
+LAYOUTS: list[dict[str, Any]] = [
+    {},
+    {"parallel": {"spp": 2}},
+    {"parallel": {"kvp": 2, "kvp_tokens_per_group": 128}},
+    {"parallel": {"tp": 2, "spp": 3}},
+    {"parallel": {"kvp": 2, "spp": 2, "kvp_tokens_per_group": 128}},
+    {"scheduler": {"priority": "fcfs", "chunking": "static", "chunk_tokens": 100}},
+    {
+        "scheduler": {
+            "priority": "lars",
+            "chunking": "adaptive",
+            "space_sharing": True,
+            "long_request_tokens": 200,
+        }
+    },
+]
+
+
+@pytest.mark.parametrize("changes", LAYOUTS)
+def test_recorded_times_give_the_recorded_batches(tmp_path: Path, changes: dict[str, Any]) -> None:
+    made = experiment(tmp_path, **changes)
+    run, live = noted(made)
+    parity = replay(made.workload, made.setup, run)
+    assert parity.divergence is None
+    assert parity.batches == len(run.end_s)
+    assert parity.tokens == live.records.work.tokens
+
+
+@pytest.mark.parametrize("changes", LAYOUTS)
+def test_iterations_are_predicted_from_slices_as_the_simulator_does(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    made = experiment(tmp_path, **changes)
+    _, live = noted(made)
+    times = batch_times(live, made.workload, made.iteration, made.setup.sharding)
+    factor = 1.0 + 0.37 * (live.records.batches["batch"] % 5)
+    np.testing.assert_allclose(times.measured_s, times.predicted_s * factor, rtol=1e-9)
+    kinds = live.records.batches["num_decodes"] > 0
+    np.testing.assert_array_equal(times.kind < 2, kinds)
+
+
+def test_one_token_more_or_less_is_found(tmp_path: Path) -> None:
+    made = experiment(tmp_path)
+    run, _ = noted(made)
+    at = 20
+    tokens = run.slices.tokens.copy()
+    tokens[at] += 1
+    batch = int(run.slices.batch[at])
+    parity = replay(made.workload, made.setup, replace(run, slices=replace(run.slices, tokens=tokens)))
+    assert parity.divergence is not None and parity.divergence.batch == batch == parity.batches
+    request = int(run.slices.request_id[at])
+    assert f"batch {batch} holds [request {request}: {tokens[at] - 1} behind" in parity.divergence.what
+
+
+def test_a_batch_too_many_or_too_few_is_found(tmp_path: Path) -> None:
+    made = experiment(tmp_path)
+    run, _ = noted(made)
+    count = len(run.end_s)
+    kept = run.slices.batch < count - 1
+    columns = {name: getattr(run.slices, name)[kept] for name in type(run.slices).__slots__}
+    shorter = RecordedRun(replace(run.slices, **columns), run.start_s[:-1], run.end_s[:-1])
+    parity = replay(made.workload, made.setup, shorter)
+    assert parity.divergence is not None
+    assert parity.divergence.what.endswith(f"the record ended with {count - 1} batches")
+    fewer = replace(made.workload, output_tokens=np.minimum(made.workload.output_tokens, 1))
+    found = replay(fewer, made.setup, run).divergence
+    assert found is not None
+
+
+def test_another_policy_diverges(tmp_path: Path) -> None:
+    made = experiment(tmp_path)
+    run, _ = noted(made)
+    other = experiment(tmp_path, scheduler={"priority": "fcfs", "chunking": "static", "chunk_tokens": 64})
+    assert replay(other.workload, other.setup, run).divergence is not None
+
+
+def test_a_delay_ends_at_the_very_moment() -> None:
+    rng = np.random.default_rng(1)
+    for now_s, ahead_s in zip(rng.uniform(0, 1e4, 2000), rng.uniform(0, 1e-2, 2000), strict=True):
+        moment_s = float(now_s + ahead_s)
+        assert float(now_s) + delay_until(moment_s, float(now_s)) == moment_s
+    assert delay_until(1.0, 2.0) == 0.0
+
+
+# -- the figures ------------------------------------------------------------------------------------------
+
+
+def test_error_summaries_by_hand() -> None:
+    errors = ErrorSummary.of(np.array([1.1, 1.8, 3.0, 0.5]), np.array([1.0, 2.0, 3.0, 0.0]))
+    assert errors is not None and errors.count == 3
+    assert errors.p50 == pytest.approx(0.1) and errors.p90 == pytest.approx(0.1)
+    assert errors.bias == pytest.approx(5.9 / 6.0 - 1.0)
+    assert ErrorSummary.of(np.zeros(2), np.zeros(2)) is None
+
+
+def summary(ttft_s: float, tpot_s: float | None = 0.01) -> dict[str, Any]:
+    result = {"ttft_s": dict.fromkeys(("mean", "p50", "p90", "p99"), ttft_s)}
+    return (
+        result
+        if tpot_s is None
+        else result | {"tpot_s": dict.fromkeys(("mean", "p50", "p90", "p99"), tpot_s)}
+    )
+
+
+def test_an_error_may_be_as_large_as_the_tolerance_or_the_noise() -> None:
+    tolerance = RequestTolerance(p50=0.05, p90=0.1, noise_factor=1.5)
+    # Live runs of 0.9 and 1.1 s: 20 % noise, so 30 % are allowed.
+    rows = {
+        (row.metric, row.statistic): row
+        for row in compare_requests(summary(1.29), [summary(0.9), summary(1.1)], tolerance)
+    }
+    ttft = rows["ttft_s", "p50"]
+    assert (ttft.live_s, ttft.error, ttft.noise, ttft.allowed) == pytest.approx((1.0, 0.29, 0.2, 0.3))
+    assert ttft.passes and rows["ttft_s", "p99"].allowed is None
+    tpot = rows["tpot_s", "p90"]
+    assert (tpot.error, tpot.noise, tpot.allowed) == pytest.approx((0.0, 0.0, 0.1))
+    late = compare_requests(summary(1.31), [summary(0.9), summary(1.1)], tolerance)
+    assert not all(row.passes for row in late)
+    alone = compare_requests(summary(1.06), [summary(1.0)], tolerance)
+    assert alone[0].noise is None and not all(row.passes for row in alone)
+
+
+def test_a_latency_that_one_side_lacks_never_passes() -> None:
+    rows = compare_requests(summary(1.0, None), [summary(1.0)], RequestTolerance())
+    tpot = [row for row in rows if row.metric == "tpot_s"]
+    assert tpot and all(row.error == float("inf") for row in tpot)
+    assert not all(row.passes for row in tpot)
+
+
+# -- the command ------------------------------------------------------------------------------------------
+
+
+def run(path: Path, *arguments: str) -> int:
+    return main(["validate", str(path), "--out", str(path.parent / "out"), "--force", *arguments])
+
+
+@pytest.fixture(scope="module")
+def validated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a validation with two live runs that passes whatever the times are."""
+    folder = tmp_path_factory.mktemp("validated")
+    path = write(folder, {"validate": {"request": LOOSE}})
+    assert run(path, "--quiet") == 0
+    return folder / "out"
+
+
+def test_a_validation_leaves_everything_its_verdict_rests_on(validated: Path) -> None:
+    data = json.loads((validated / "summary.json").read_text())
+    assert data["passes"] and data["live_runs"] == 2
+    rungs = {rung["name"]: rung["status"] for rung in data["rungs"]}
+    assert list(rungs) == ["operator", "iteration", "decisions", "request"]
+    assert rungs["operator"] == "unknown" and rungs["decisions"] == rungs["request"] == "holds"
+    assert {(row["metric"], row["statistic"]) for row in data["requests"]} == {
+        (metric, statistic)
+        for metric in ("ttft_s", "tpot_s", "tbt_s", "e2e_s")
+        for statistic in ("mean", "p50", "p90", "p99")
+    }
+    assert all(row["noise"] is not None for row in data["requests"])
+    assert {path.name for path in (validated / "plots").iterdir()} == {
+        f"{name}_cdf.png" for name in ("ttft", "tpot", "tbt", "e2e")
+    }
+    for name in ("live-1", "live-2", "simulated"):
+        assert (validated / name / "requests.csv").is_file()
+    suite = ElementTree.parse(validated / "junit.xml").getroot()[0]
+    assert (suite.get("name"), suite.get("tests"), suite.get("failures")) == ("tiny", "4", "0")
+
+
+def test_stored_runs_give_the_same_verdict_for_ever(
+    validated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path, {"validate": {"request": LOOSE}})
+    assert run(path, "--replay", str(validated)) == 0
+    text = capsys.readouterr().out
+    assert "simulated against 2 live runs from disk" in text
+    first = json.loads((validated / "summary.json").read_text())
+    again = json.loads((tmp_path / "out" / "summary.json").read_text())
+    for name in ("decisions", "iterations", "operators"):
+        assert again[name] == first[name]
+    for one, other in zip(first["requests"], again["requests"], strict=True):
+        assert one["live_s"] == pytest.approx(other["live_s"], rel=2e-4)
+        assert one["simulated_s"] == other["simulated_s"]
+    assert not (tmp_path / "out" / "live-1").exists()
+
+
+def test_outside_tolerance_is_exit_1_and_names_the_lowest_rung(
+    validated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tight = {"iteration": {"p50": 1e-9, "p90": 1e-9}, "request": TIGHT}
+    path = write(tmp_path, {"validate": tight})
+    assert run(path, "--replay", str(validated)) == 1
+    assert "tiny: outside tolerance (iteration, request); the rung to look at is iteration:" in (
+        capsys.readouterr().out
+    )
+    suite = ElementTree.parse(tmp_path / "out" / "junit.xml").getroot()[0]
+    found = {test.get("name"): [child.tag for child in test] for test in suite}
+    assert found["request"] == ["failure"] and found["iteration"] == ["skipped"]
+    assert found["decisions"] == ["system-out"] and suite.get("failures") == "1"
+
+
+def test_decisions_under_another_predictor_are_unknown_and_not_blamed(
+    validated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slower = {"source": "roofline", "host": {"base_s": 0.004}}
+    path = write(tmp_path, {"predictor": slower, "validate": {"request": LOOSE}})
+    assert run(path, "--replay", str(validated)) == 0
+    assert "recorded under another cost model than today's" in capsys.readouterr().out
+
+
+BAD: list[tuple[dict[str, Any], list[str], str]] = [
+    ({}, ["--replay", "nowhere"], "--replay nowhere: holds no live run"),
+    ({}, ["--case", "x"], "--case x: "),
+    ({"parallel": {"replicas": 2}}, [], "the live runtime serves one replica, not 2"),
+    ({"validate": {"runs": 0}}, [], "validate.runs: must be at least 1, not 0"),
+    ({"validate": {"request": {"p50": -1.0}}}, [], "validate.request.p50: must be"),
+    ({"validate": {"cases": [{"a": {"seeed": 1}}]}}, [], "'seeed' is not a key of the configuration"),
+    ({"validate": {"cases": [{"a b": {}}]}}, [], "validate.cases"),
+    ({"validate": {"cases": [{}]}}, [], "validate.cases.0"),
+    ({"validate": {"cases": [{"a": {"name": "b"}}]}}, [], "a case can't change 'name'"),
+    ({"sweep": {"seed": [1]}}, [], "sweep: take it out"),
+]
+
+
+@pytest.mark.parametrize(("changes", "arguments", "message"), BAD)
+def test_bad_input_is_exit_2_and_one_line(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    arguments: list[str],
+    message: str,
+) -> None:
+    path = write(tmp_path, changes)
+    assert run(path, *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+# -- cases ------------------------------------------------------------------------------------------------
+
+AXES = [
+    {"slow": {"workload.arrivals.rate_rps": 5}, "fast": {"workload.arrivals.rate_rps": 50}},
+    {
+        "fcfs": {"scheduler": {"priority": "fcfs"}},
+        "lars": {"scheduler.priority": "lars", "validate.request.p50": 0.2},
+    },
+]
+
+
+def test_every_combination_is_a_case_with_a_configuration_of_its_own(tmp_path: Path) -> None:
+    path = write(tmp_path, {"validate": {"cases": AXES}})
+    cases = {case.name: case.config for case in load_cases(path, ["seed=9"])}
+    assert list(cases) == ["slow.fcfs", "slow.lars", "fast.fcfs", "fast.lars"]
+    chosen = cases["fast.lars"]
+    assert chosen.name == "tiny.fast.lars" and chosen.seed == 9
+    assert chosen.workload.arrivals["rate_rps"] == 50 and chosen.scheduler.chunking == "adaptive"
+    assert chosen.validation.request.p50 == 0.2 and chosen.validation.cases == []
+    assert cases["slow.fcfs"].scheduler.chunking == "static"  # the whole section was replaced
+
+
+def test_cases_are_chosen_by_name_or_pattern(tmp_path: Path) -> None:
+    path = write(tmp_path, {"validate": {"cases": AXES}})
+    assert [case.name for case in load_cases(path, [], ["*.lars"])] == ["slow.lars", "fast.lars"]
+    assert [case.name for case in load_cases(path, [], ["fast.fcfs", "slow.*"])] == [
+        "slow.fcfs",
+        "slow.lars",
+        "fast.fcfs",
+    ]
+    with pytest.raises(InputError, match=r"--case fast.lar: .*did you mean 'fast.lars'"):
+        load_cases(path, [], ["fast.lar"])
+
+
+def test_cases_are_validated_one_by_one_and_the_worst_decides(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    axes = [{"passes": {"validate.request": LOOSE}, "fails": {"validate.request": TIGHT}}]
+    path = write(tmp_path, {"validate": {"runs": 1, "cases": axes}})
+    assert run(path, "--no-plots") == 1
+    assert "1 of 2 cases within tolerance" in capsys.readouterr().out
+    suites = ElementTree.parse(tmp_path / "out" / "junit.xml").getroot()
+    assert [(suite.get("name"), suite.get("failures")) for suite in suites] == [
+        ("passes", "0"),
+        ("fails", "1"),
+    ]
+    data = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [data["cases"][name]["passes"] for name in ("passes", "fails")] == [True, False]
+    # a case's live run is found again by its name, and its configuration stands for itself
+    replay_options = ["--replay", str(tmp_path / "out"), "--case", "passes"]
+    again = ["validate", str(path), "--out", str(tmp_path / "again"), "--quiet", *replay_options]
+    assert main(again) == 0
+    assert load_config(tmp_path / "out" / "passes" / "config.yaml").validation.cases == []
