@@ -11,7 +11,16 @@ from math import prod
 from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from policies.priorities import PRIORITIES
@@ -233,8 +242,41 @@ class ValidateConfig(Section):
         return axes
 
 
+class RangeConfig(Section):
+    """Numbers from ``start`` to ``stop``, both included: ``step`` apart, or ``count`` of them, evenly spread
+    or with ``log`` in equal ratios."""
+
+    start: float
+    stop: float
+    step: Positive | None = None
+    count: Annotated[int, BeforeValidator(_whole), Field(ge=1, le=100_000)] | None = None
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> RangeConfig:
+        if (self.step is None) == (self.count is None):
+            raise ValueError("a range has a step or a count, one of them")
+        if self.stop < self.start:
+            raise ValueError(f"stop ({self.stop:g}) must not be below start ({self.start:g})")
+        if self.step is not None and (self.stop - self.start) / self.step > 100_000:
+            raise ValueError("that makes more than 100,000 values")
+        if self.log and (self.start <= 0 or self.step is not None):
+            raise ValueError("log needs a count and a start above 0")
+        return self
+
+
+def _range_or_list(values: Any) -> str:
+    return "range" if isinstance(values, Mapping | RangeConfig) else "list"
+
+
+SweptValues = Annotated[
+    Annotated[list[Any], Tag("list")] | Annotated[RangeConfig, Tag("range")], Discriminator(_range_or_list)
+]
+
+
 class Config(Section):
-    """One experiment. ``sweep`` maps dotted keys to the values they take, for ``convoy sweep``."""
+    """One experiment. ``sweep`` maps dotted keys to the values they take, for ``convoy sweep``; keys joined
+    by commas take theirs together, from lists as long as there are keys."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._+=,@-]{0,99}$")]
     model: str
@@ -251,17 +293,27 @@ class Config(Section):
     live: LiveConfig = LiveConfig()
     # Not `validate`, which is a method of pydantic's models.
     validation: Annotated[ValidateConfig, Field(alias="validate")] = ValidateConfig()
-    sweep: dict[str, list[Any]] | None = None
+    sweep: dict[str, SweptValues] | None = None
 
     @field_validator("sweep")
     @classmethod
-    def _sweeps_known_keys(cls, sweep: dict[str, list[Any]] | None) -> dict[str, list[Any]] | None:
-        for path, values in (sweep or {}).items():
+    def _sweeps_known_keys(
+        cls, sweep: dict[str, list[Any] | RangeConfig] | None
+    ) -> dict[str, list[Any] | RangeConfig] | None:
+        seen: set[str] = set()
+        for names, values in (sweep or {}).items():
+            keys = [name.strip() for name in names.split(",")]
+            for key in keys:
+                check_path(key)
+                if key.partition(".")[0] in ("sweep", "name"):
+                    raise ValueError(f"a sweep can't vary '{key}'")
+                if key in seen:
+                    raise ValueError(f"'{key}' is there twice")
+                seen.add(key)
             if not values:
-                raise ValueError(f"{path} has no values")
-            check_path(path)
-            if path.partition(".")[0] == "sweep":
-                raise ValueError("a sweep can't vary itself")
+                raise ValueError(f"{names} has no values")
+            if len(keys) > 1:
+                _check_rows(names, len(keys), values)
         return sweep
 
     @model_validator(mode="after")
@@ -273,6 +325,14 @@ class Config(Section):
                 f"parallel.replicas must be larger than that, and is {replicas}"
             )
         return self
+
+
+def _check_rows(names: str, width: int, values: list[Any] | RangeConfig) -> None:
+    """Values of several keys at once must be lists of one value for each."""
+    rows = values if isinstance(values, list) else [values]
+    for row in rows:
+        if not isinstance(row, list) or len(row) != width:
+            raise ValueError(f"{names}: each value must be a list of {width}, one for each key")
 
 
 def known_name(name: str, names: tuple[str, ...], what: str) -> str:
