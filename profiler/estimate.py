@@ -21,6 +21,7 @@ class Estimate:
     byte counted once. `extrapolated` marks shapes outside what was measured; it is True everywhere
     where nothing was. `source` is one of `SOURCES`. `interval` is what prediction errors were on held-out
     measurements, as log(measured ÷ predicted): the 5th and the 95th percentile; None where nothing is known.
+    `kernel` is the measured operator that it comes from, or empty.
     """
 
     time_s: FloatArray
@@ -28,6 +29,7 @@ class Estimate:
     extrapolated: BoolArray
     source: str
     interval: tuple[float, float] | None = None
+    kernel: str = ""
 
     def where(self, chosen: BoolArray) -> Estimate:
         """The estimate of some of the shapes: `chosen` is True for those."""

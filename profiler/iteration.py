@@ -15,7 +15,7 @@ is convex in each length, so a chord lies above it.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,35 +25,47 @@ from policies.sharding import Sharding
 from profiler.decode_run import DecodeRun, Polyline
 from profiler.estimate import Estimate
 from profiler.kernels import Kernels
-from profiler.roofline import QUERY_TILE_ROWS
+from profiler.knots import (
+    DENSE_TOKENS,
+    LONGEST_TOKENS,
+    chunk_knots,
+    geometric,
+    measured_limits,
+    token_knots,
+)
+from profiler.layer_parts import (
+    between_operators,
+    collectives,
+    first_operators,
+    row_operators,
+    token_operators,
+)
+from profiler.overheads import HostOverhead
 from profiler.shards import ShardTimes
 from specs import ModelSpec, ParallelSpec
 
 FloatArray = NDArray[np.float64]
 
-LONGEST_TOKENS = 1 << 25  # grids reach 33M tokens; beyond, the last segment goes on
-DENSE_TOKENS = 16384  # token counts up to here have a table entry each
-ACTIVATION_BYTES = 2  # activations are bf16 whatever the weights are
 
-
-@dataclass(frozen=True, slots=True)
-class HostOverhead:
-    """Time the host adds to each iteration (scheduling, launching, sampling) that the device doesn't hide."""
-
-    base_s: float = 0.0
-    per_request_s: float = 0.0
-    source: str = "assumed"
+__all__ = ["HostOverhead", "IterationModel", "OperatorRow"]
 
 
 @dataclass(frozen=True, slots=True)
 class OperatorRow:
-    """One operator's share of an iteration, summed over layers and stages."""
+    """One operator's share of an iteration, summed over layers and stages.
+
+    90 % of the times that were held out in training lay between ``low_s`` and ``high_s``; None where nothing
+    was measured. Rows of the same ``kernel`` are wrong together.
+    """
 
     name: str
     time_s: float
     floor_s: float
     source: str
     extrapolated: bool
+    low_s: float | None = None
+    high_s: float | None = None
+    kernel: str = ""
 
 
 class IterationModel:
@@ -68,10 +80,11 @@ class IterationModel:
         max_batch_tokens: tokens an iteration may hold, for the size of the tables.
         max_batch_requests: requests an iteration may hold.
         max_chunk_tokens: the longest chunk, for the grid.
-        host: host overhead per iteration.
+        host: host overhead per iteration; None takes what was measured with the kernels, if it was.
 
     Attributes:
         stage_layers: layers of each stage.
+        host_is_unknown: nobody has said what the host takes, so it counts as nothing.
     """
 
     def __init__(
@@ -88,7 +101,13 @@ class IterationModel:
         self.model = model
         self.kernels = kernels
         self.parallel = parallel
-        self.host = host or HostOverhead()
+        self.host = host or kernels.host or HostOverhead()
+        self.host_is_unknown = host is None and kernels.host is None
+        self._limits = {
+            "max_batch_tokens": max_batch_tokens,
+            "max_batch_requests": max_batch_requests,
+            "max_chunk_tokens": max_chunk_tokens,
+        }
         self.stage_layers = parallel.layers_of_stage(model)
         self._heads = model.num_heads // parallel.tp
         self._kv_heads = model.num_kv_heads // parallel.tp
@@ -126,11 +145,18 @@ class IterationModel:
 
     def shard_attention_s(self, chunk_tokens: int, shard_tokens: int) -> float:
         """Seconds of attention of a chunk over a shard with none of its own keys, over all layers."""
-        return self._shards.attention_s(chunk_tokens, shard_tokens)
+        share = 0.0 if self.kernels.layer is None else self.kernels.layer.share
+        return self._shards.attention_s(chunk_tokens, shard_tokens) * (1.0 + share)
 
     def merge_s(self, tokens: int, shards: int) -> float:
         """Seconds to merge the partial attention of ``tokens`` tokens over ``shards`` groups, all layers."""
         return self._shards.merge_s(tokens, shards)
+
+    def perturbed(self, factors: Mapping[str, float]) -> IterationModel:
+        """The same with every operator's times multiplied by its factor; see ``Kernels.perturbed``."""
+        kernels = self.kernels.perturbed(factors)
+        host = None if self.host_is_unknown else self.host
+        return IterationModel(self.model, kernels, self.parallel, host=host, **self._limits)
 
     # -- what a simulator asks besides ------------------------------------------------------------------
 
@@ -190,9 +216,15 @@ class IterationModel:
             _row(name, estimate, layers)
             for name, estimate in self._token_operators(np.array([float(tokens)]))
         ]
-        attention = self._attention_operators(chunks, decodes, decode_context)
+        attention = list(self._attention_operators(chunks, decodes, decode_context))
         result.extend(_row(name, estimate, layers) for name, estimate in attention)
-        result.append(_row("embedding", self._embedding(np.array([float(tokens)])), 1))
+        # The merge of KVP groups lies between ranks, not between operators of one.
+        parts_s = sum(row.time_s for row in result if not row.name.startswith("kvp")) / layers
+        if (beyond := between_operators(self.kernels, np.array([parts_s]))) is not None:
+            result.append(_row("between operators", beyond, layers))
+        result.extend(_row(n, e, layers) for n, e in self._collectives(np.array([float(tokens)])))
+        first = first_operators(self.model, self.kernels, np.array([float(tokens)]))
+        result.extend(_row(name, estimate, 1) for name, estimate in first)
         result.extend(_row(name, e, 1) for name, e in self._row_operators(np.array([float(rows)])))
         handovers = len(self.stage_layers) - 1
         if handovers:
@@ -213,28 +245,23 @@ class IterationModel:
     # -- operators --------------------------------------------------------------------------------------
 
     def _token_operators(self, tokens: FloatArray) -> list[tuple[str, Estimate]]:
-        """Operators of one layer on one GPU that depend on the number of tokens alone."""
-        model, kernels, tp = self.model, self.kernels, self.parallel.tp
-        hidden, inter = model.hidden_size, model.intermediate_size // tp
-        q_size = self._heads * model.head_dim
-        kv_size = self._kv_heads * model.head_dim
-        element = ACTIVATION_BYTES * tokens
-        operators = [
-            ("qkv projection", kernels.gemm(tokens, q_size + 2 * kv_size, hidden)),
-            ("output projection", kernels.gemm(tokens, hidden, q_size)),
-            ("gate and up projection", kernels.gemm(tokens, 2 * inter, hidden)),
-            ("down projection", kernels.gemm(tokens, hidden, inter)),
-            # each of the two norms reads the residual and the update and writes both (fused add and norm)
-            ("attention norm", kernels.elementwise(element * 4 * hidden)),
-            ("mlp norm", kernels.elementwise(element * 4 * hidden)),
-            ("rope", kernels.elementwise(element * 2 * (q_size + kv_size))),
-            ("kv write", kernels.elementwise(element * 4 * kv_size)),
-            ("activation", kernels.elementwise(element * 3 * inter)),
-        ]
-        if tp > 1:
-            all_reduce = kernels.all_reduce(element * hidden, tp)
-            operators += [("all-reduce after attention", all_reduce), ("all-reduce after mlp", all_reduce)]
-        return operators
+        """Operators of one layer on one GPU that depend on the number of tokens alone; no collectives."""
+        return token_operators(self.model, self.kernels, self.parallel.tp, tokens)
+
+    def _collectives(self, tokens: FloatArray) -> list[tuple[str, Estimate]]:
+        return collectives(self.model, self.kernels, self.parallel.tp, tokens)
+
+    def _token_layer_s(self, tokens: FloatArray) -> FloatArray:
+        """Seconds of one layer but for attention."""
+        parts_s = np.sum([estimate.time_s for _, estimate in self._token_operators(tokens)], axis=0)
+        beyond = between_operators(self.kernels, parts_s)
+        together_s = parts_s if beyond is None else parts_s + beyond.time_s
+        return np.asarray(together_s + sum(e.time_s for _, e in self._collectives(tokens)))
+
+    def _within_layers_s(self, estimate: Estimate) -> FloatArray:
+        """Attention's seconds in all layers: a little more than by itself, where that was measured."""
+        share = 0.0 if self.kernels.layer is None else self.kernels.layer.share
+        return np.maximum(estimate.time_s * (1.0 + share), estimate.floor_s) * self.model.num_layers
 
     def _attention_operators(
         self, chunks: Sequence[tuple[int, int]], decodes: int, decode_context: int
@@ -266,24 +293,10 @@ class IterationModel:
                 yield from shards.named_merge(decodes, last + 1)
 
     def _row_operators(self, rows: FloatArray) -> list[tuple[str, Estimate]]:
-        """Operators behind the last layer, by the rows whose logits are wanted."""
-        model, kernels, tp = self.model, self.kernels, self.parallel.tp
-        vocab = model.vocab_size // tp
-        operators = [
-            ("final norm", kernels.elementwise(ACTIVATION_BYTES * rows * 2 * model.hidden_size)),
-            ("lm head", kernels.gemm(rows, vocab, model.hidden_size)),
-            ("sampling", kernels.elementwise(4.0 * rows * 2 * model.vocab_size)),
-        ]
-        if tp > 1:
-            gathered = ACTIVATION_BYTES * rows * (model.vocab_size - vocab)
-            operators.append(("logits gather", kernels.send_recv(gathered, inter_node=False)))
-        return operators
-
-    def _embedding(self, tokens: FloatArray) -> Estimate:
-        return self.kernels.elementwise(ACTIVATION_BYTES * tokens * 2 * self.model.hidden_size)
+        return row_operators(self.model, self.kernels, self.parallel.tp, rows)
 
     def _handover(self, tokens: FloatArray) -> Estimate:
-        num_bytes = ACTIVATION_BYTES * tokens * self.model.hidden_size / self.parallel.tp
+        num_bytes = self.kernels.activation_bytes * tokens * self.model.hidden_size / self.parallel.tp
         return self.kernels.send_recv(num_bytes, inter_node=self._handover_is_inter_node)
 
     def _chunk_estimate(self, chunk: FloatArray, context: FloatArray) -> Estimate:
@@ -300,8 +313,9 @@ class IterationModel:
 
     def _compile_tokens(self, max_tokens: int) -> None:
         knots = token_knots(max(max_tokens, 2))
-        layer_s = np.sum([e.time_s for _, e in self._token_operators(knots)], axis=0)
-        layers_s = np.maximum.accumulate(layer_s) * self.model.num_layers + self._embedding(knots).time_s
+        layer_s = self._token_layer_s(knots)
+        first_s = np.sum([e.time_s for _, e in first_operators(self.model, self.kernels, knots)], axis=0)
+        layers_s = np.maximum.accumulate(layer_s) * self.model.num_layers + np.maximum.accumulate(first_s)
         handover = self._handover(knots).time_s
         self._handover_line = Polyline(knots, np.maximum.accumulate(handover))
         handovers_s = handover * (len(self.stage_layers) - 1)
@@ -323,9 +337,9 @@ class IterationModel:
 
     def _compile_chunks(self, max_chunk: int) -> None:
         chunks = chunk_knots(max_chunk, self._heads // self._kv_heads)
-        contexts = np.concatenate([[0.0], _geometric(32, LONGEST_TOKENS, 3)])
+        contexts = np.concatenate([[0.0], geometric(32, LONGEST_TOKENS, 3)])
         estimate = self._chunk_estimate(*(a.ravel() for a in np.meshgrid(chunks, contexts, indexing="ij")))
-        times = estimate.time_s.reshape(len(chunks), len(contexts)) * self.model.num_layers
+        times = self._within_layers_s(estimate).reshape(len(chunks), len(contexts))
         times = np.maximum.accumulate(np.maximum.accumulate(times, axis=0), axis=1)
         self._chunk_knots: list[int] = chunks.astype(int).tolist()
         self._context_knots: list[int] = contexts.astype(int).tolist()
@@ -335,18 +349,18 @@ class IterationModel:
         self._context_scales: list[float] = (1.0 / np.diff(contexts)).tolist()
         self._chunk_rows: list[list[float]] = times.tolist()
         outside = estimate.extrapolated.reshape(times.shape)
-        self._chunk_limits = _measured_limits(contexts, outside)
+        self._chunk_limits = measured_limits(contexts, outside)
 
     def _compile_decodes(self, max_decodes: int) -> None:
-        batches = np.unique(np.concatenate([[1, 2, 3, 4, 6], _geometric(8, max(max_decodes, 16), 2)]))
-        contexts = _geometric(1, LONGEST_TOKENS, 4)  # mean context of a decode
+        batches = np.unique(np.concatenate([[1, 2, 3, 4, 6], geometric(8, max(max_decodes, 16), 2)]))
+        contexts = geometric(1, LONGEST_TOKENS, 4)  # mean context of a decode
         batch, mean = (a.ravel() for a in np.meshgrid(batches, contexts, indexing="ij"))
         estimate = self._decode_estimate(batch, batch * mean)
-        times = estimate.time_s.reshape(len(batches), len(contexts)) * self.model.num_layers
+        times = self._within_layers_s(estimate).reshape(len(batches), len(contexts))
         self._decode_grid = np.maximum.accumulate(np.maximum.accumulate(times, axis=0), axis=1)
         self._decode_knots: list[int] = batches.astype(int).tolist()
         self._mean_contexts = contexts
-        self._decode_limits = _measured_limits(contexts, estimate.extrapolated.reshape(times.shape))
+        self._decode_limits = measured_limits(contexts, estimate.extrapolated.reshape(times.shape))
         self._decode_lines: dict[int, Polyline] = {}
 
     def _decode_line(self, decodes: int) -> Polyline:
@@ -362,48 +376,6 @@ class IterationModel:
         return self._layers_table[tokens] if tokens < self._dense else self._layers_line.at(tokens)
 
 
-def token_knots(largest: int) -> FloatArray:
-    """Token counts at which token-wise operators are evaluated.
-
-    Every one to 512; from there multiples of a kernel's tile and the count just behind each, where another
-    tile begins; geometric beyond 16K.
-    """
-    borders = np.concatenate([np.arange(512, 4096, 64), np.arange(4096, DENSE_TOKENS, 256)])
-    beyond = _geometric(DENSE_TOKENS, max(largest, DENSE_TOKENS + 1), 4)
-    knots = np.unique(np.concatenate([np.arange(1, 512), borders, borders + 1, beyond])).astype(np.float64)
-    return np.asarray(knots[: max(int(np.searchsorted(knots, largest)) + 1, 2)])
-
-
-def chunk_knots(largest: int, group: int) -> FloatArray:
-    """Chunks at which attention is evaluated: geometric, and both sides of every border between tiles.
-
-    A tile has 128 rows. Where the ``group`` query heads of a KV head share one, it is full after
-    128 ÷ ``group`` tokens, else after 128. One tile more can mean one wave more, at any size that is used.
-    """
-    packed = np.arange(1, 65) * max(QUERY_TILE_ROWS // group, 1)
-    separate = np.arange(1, 65) * QUERY_TILE_ROWS
-    borders = np.concatenate([packed, separate])
-    knots = np.unique(np.concatenate([_geometric(16, max(largest, 32), 4), borders, borders + 1]))
-    beyond = int(np.searchsorted(knots, largest)) + 1
-    return np.unique(np.concatenate([[1, 2, 4, 8, 12], knots[: max(beyond, 2)]])).astype(np.float64)
-
-
-def _geometric(low: int, high: int, per_octave: int) -> FloatArray:
-    """Whole numbers from ``low`` to at least ``high``, ``per_octave`` of them to a doubling."""
-    count = int(np.ceil(np.log2(high / low) * per_octave)) + 1
-    return np.unique(np.round(low * 2.0 ** (np.arange(count) / per_octave)))
-
-
-def _measured_limits(contexts: FloatArray, outside: NDArray[np.bool_]) -> list[float]:
-    """For each row, the largest context that isn't extrapolated: −1 if all are, infinity if none is."""
-    limits = []
-    for row in outside:
-        inside = np.flatnonzero(~row)
-        limit = float(contexts[inside[-1]]) if len(inside) else -1.0
-        limits.append(limit if row[-1] else float("inf"))
-    return limits
-
-
 def _row(name: str, estimate: Estimate, times: int) -> OperatorRow:
     return OperatorRow(
         name=name,
@@ -411,4 +383,7 @@ def _row(name: str, estimate: Estimate, times: int) -> OperatorRow:
         floor_s=float(estimate.floor_s.sum()) * times,
         source=estimate.source,
         extrapolated=bool(estimate.extrapolated.any()),
+        low_s=None if estimate.low_s is None else float(estimate.low_s.sum()) * times,
+        high_s=None if estimate.high_s is None else float(estimate.high_s.sum()) * times,
+        kernel=estimate.kernel,
     )

@@ -24,21 +24,22 @@ class HostOverhead:
 
 @dataclass(frozen=True, slots=True)
 class LayerCorrection:
-    """What a whole layer takes beyond the sum of its operators, measured one by one: seconds a layer and
-    seconds a token. Both may be negative: operators that follow each other find their inputs in the cache.
+    """What a whole layer takes beyond the sum of its operators, measured one by one: seconds a layer, and a
+    share of that sum. Operators that follow each other have to share the caches, but find their inputs there:
+    either may be negative.
 
     `interval` is the 5th and 95th percentile of log(measured ÷ predicted) of whole layers on held-out
     batches.
     """
 
     base_s: float = 0.0
-    per_token_s: float = 0.0
+    share: float = 0.0
     interval: tuple[float, float] = (0.0, 0.0)
     source: str = "measured"
 
-    def at(self, tokens: FloatArray) -> FloatArray:
-        """Seconds beyond the sum, one layer."""
-        return self.base_s + self.per_token_s * tokens
+    def at(self, parts_s: FloatArray) -> FloatArray:
+        """Seconds beyond the sum `parts_s` of one layer; never less than half of the sum off it."""
+        return np.maximum(self.base_s + self.share * parts_s, -0.5 * parts_s)
 
 
 def fit_host(requests: FloatArray, time_s: FloatArray) -> HostOverhead:
@@ -47,9 +48,9 @@ def fit_host(requests: FloatArray, time_s: FloatArray) -> HostOverhead:
     return HostOverhead(max(base_s, 0.0), max(per_request_s, 0.0), "measured")
 
 
-def fit_layer(tokens: FloatArray, parts_s: FloatArray, layer_s: FloatArray) -> tuple[float, float]:
-    """Seconds a layer and a token that bring `parts_s` nearest to `layer_s`, in relative terms."""
-    return _relative_line(tokens, layer_s - parts_s, layer_s)
+def fit_layer(parts_s: FloatArray, layer_s: FloatArray) -> LayerCorrection:
+    """What brings `parts_s` nearest to `layer_s`, in relative terms."""
+    return LayerCorrection(*_relative_line(parts_s, layer_s - parts_s, layer_s))
 
 
 def _relative_line(x: FloatArray, y: FloatArray, scale: FloatArray) -> tuple[float, float]:

@@ -69,7 +69,7 @@ def save_predictor(path: Path, profile: Profile, device: DeviceSpec, predictor: 
         layer = predictor.layer
         header["layer"] = {
             "base_s": layer.base_s,
-            "per_token_s": layer.per_token_s,
+            "share": layer.share,
             "p05": layer.interval[0],
             "p95": layer.interval[1],
         }
@@ -140,10 +140,10 @@ def _layer(header: Fields, path: Path) -> LayerCorrection | None:
     if not header.has("layer"):
         return None
     fields = Fields(header.mapping("layer"), f"{path}: layer")
-    base_s, per_token_s, low, high = (
-        fields.number(name, at_least=-1e3) for name in ("base_s", "per_token_s", "p05", "p95")
+    base_s, share, low, high = (
+        fields.number(name, at_least=-1e3) for name in ("base_s", "share", "p05", "p95")
     )
-    return LayerCorrection(base_s, per_token_s, (low, high))
+    return LayerCorrection(base_s, share, (low, high))
 
 
 def device_figures(device: DeviceSpec) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -23,7 +25,14 @@ class RooflineKernels:
         InputError: unknown dtype, or one the device can't compute in.
     """
 
-    def __init__(self, device: DeviceSpec, *, weight_dtype: str = "bf16", kv_dtype: str = "bf16") -> None:
+    def __init__(
+        self,
+        device: DeviceSpec,
+        *,
+        weight_dtype: str = "bf16",
+        kv_dtype: str = "bf16",
+        passed_over: tuple[str, ...] = (),
+    ) -> None:
         for key, dtype in (("weight_dtype", weight_dtype), ("kv_dtype", kv_dtype)):
             if dtype not in DTYPE_BYTES:
                 raise InputError(f"{key}: {dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
@@ -36,6 +45,16 @@ class RooflineKernels:
         self.activation_bytes = max(activation_element(weight_dtype), activation_element(kv_dtype))
         self.host: HostOverhead | None = None
         self.layer: LayerCorrection | None = None
+        self.kinds: frozenset[str] = frozenset()
+        self.attention_includes_kv_write = False
+        self.passed_over = passed_over
+
+    @property
+    def intervals(self) -> Mapping[str, tuple[float, float]]:
+        return {}
+
+    def perturbed(self, factors: Mapping[str, float]) -> RooflineKernels:
+        return self
 
     def gemm(self, m: ArrayLike, n: ArrayLike, k: ArrayLike) -> Estimate:
         m, n, k = broadcast(m, n, k)

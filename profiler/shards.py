@@ -66,7 +66,7 @@ class ShardTimes:
         else:
             exchange = self._kernels.all_gather(sent, shards)
         moved = kvp_merge_bytes(tokens, np.full_like(tokens, shards), self._heads, head_dim, element)
-        return exchange, self._kernels.elementwise(moved, kind="kvp_merge", rows=tokens)
+        return exchange, self._kernels.elementwise(moved, kind="kvp_merge", rows=tokens, shards=shards)
 
     def named_merge(self, tokens: int, shards: int) -> Iterator[tuple[str, Estimate]]:
         """The same by name, of ``tokens`` tokens."""

@@ -7,10 +7,13 @@ as high as those before, and interpolated. So a value doesn't depend on what els
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from copy import copy
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from profiler.estimate import Estimate, FloatArray, broadcast
+from profiler.estimate import BoolArray, Estimate, FloatArray, broadcast
 from profiler.operators import OperatorModel
 from profiler.predictor import Predictor
 from profiler.roofline_kernels import RooflineKernels
@@ -71,6 +74,22 @@ class TrainedKernels(RooflineKernels):
                 low, _, high = predictor.residuals[key]
                 self._intervals[operator] = (low, high)
         self.host, self.layer = predictor.host, predictor.layer
+        self.kinds = frozenset(self._models)
+        # Published benchmarks of attention store the new keys in the same call.
+        self.attention_includes_kv_write = source == "imported" and {
+            "prefill_attention",
+            "decode_attention",
+        } <= set(self._models)
+        self._factors: dict[str, float] = {}
+
+    @property
+    def intervals(self) -> Mapping[str, tuple[float, float]]:
+        return self._intervals
+
+    def perturbed(self, factors: Mapping[str, float]) -> TrainedKernels:
+        other = copy(self)
+        other._factors = {name: factors[name] for name in self._models if name in factors}
+        return other
 
     def gemm(self, m: ArrayLike, n: ArrayLike, k: ArrayLike) -> Estimate:
         if (model := self._models.get("gemm")) is None:
@@ -95,13 +114,7 @@ class TrainedKernels(RooflineKernels):
         num_bytes, rows, shards = broadcast(num_bytes, rows, shards)
         shape = {"num_bytes": num_bytes.ravel(), "rows": rows.ravel(), "shards": shards.ravel()}
         found = model.predict({name: shape[name] for name in model.physics.columns})
-        return Estimate(
-            found.time_s.reshape(rows.shape),
-            found.floor_s.reshape(rows.shape),
-            found.extrapolated.reshape(rows.shape),
-            self._source,
-            self._intervals[kind],
-        )
+        return self._estimate_of(kind, rows.shape, found.time_s, found.floor_s, found.extrapolated)
 
     def all_gather(self, num_bytes: ArrayLike, ranks: ArrayLike) -> Estimate:
         model = self._models.get("all_gather")
@@ -178,13 +191,24 @@ class TrainedKernels(RooflineKernels):
         here = {**flat, name: size.ravel()}
         time_s = _interpolate(ladder, rungs, combination, here[name] / unit)
         floor_s, extrapolated = model.physics.floor_s(here), model.is_extrapolated(here)
-        time_s = np.maximum(time_s, floor_s)
+        return self._estimate_of(model.physics.operator, size.shape, time_s, floor_s, extrapolated)
+
+    def _estimate_of(
+        self,
+        operator: str,
+        shape: tuple[int, ...],
+        time_s: FloatArray,
+        floor_s: FloatArray,
+        extrapolated: BoolArray,
+    ) -> Estimate:
+        time_s = np.maximum(time_s * self._factors.get(operator, 1.0), floor_s)
         return Estimate(
-            time_s.reshape(size.shape),
-            floor_s.reshape(size.shape),
-            extrapolated.reshape(size.shape),
+            time_s.reshape(shape),
+            floor_s.reshape(shape),
+            extrapolated.reshape(shape),
             self._source,
-            self._intervals[model.physics.operator],
+            self._intervals[operator],
+            operator,
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from profiler.tables import Profile, Table
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
-    """Whole layers against the sum of their operators: `corrected` by a line in tokens, held out."""
+    """Whole layers against the sum of their operators: `corrected` by a line in that sum, held out."""
 
     parts: Errors
     corrected: Errors
@@ -29,7 +29,7 @@ class LayerReport:
         found = self.correction
         return [
             f"whole layers ({self.parts.rows} batches): sum of the parts {self.parts}, corrected by "
-            f"{1e6 * found.base_s:+.1f} µs and {1e9 * found.per_token_s:+.1f} ns a token {self.corrected}"
+            f"{1e6 * found.base_s:+.1f} µs and {100 * found.share:+.1f} % {self.corrected}"
         ]
 
 
@@ -40,19 +40,16 @@ def judge_layers(profile: Profile, table: Table, kernels: Kernels, count: int) -
         InputError: the profile doesn't say of which model they are.
     """
     parts_s = whole_layers_s(profile, table, kernels)
-    tokens = table.shape["chunk"] + table.shape["decodes"]
 
     def predict(train: BoolArray, held: BoolArray) -> FloatArray:
-        base_s, per_token_s = fit_layer(tokens[train], parts_s[train], table.time_s[train])
-        return corrected_s(parts_s[held], LayerCorrection(base_s, per_token_s), tokens[held])
+        return parts_s[held] + fit_layer(parts_s[train], table.time_s[train]).at(parts_s[held])
 
     predicted_s = by_folds(count, len(table), predict)
     low, high = np.quantile(np.log(table.time_s / predicted_s), [0.05, 0.95])
-    base_s, per_token_s = fit_layer(tokens, parts_s, table.time_s)
     return LayerReport(
         Errors.of(parts_s, table.time_s),
         Errors.of(predicted_s, table.time_s),
-        LayerCorrection(base_s, per_token_s, (float(low), float(high))),
+        replace(fit_layer(parts_s, table.time_s), interval=(float(low), float(high))),
         noise_of(table),
     )
 
@@ -67,11 +64,6 @@ def whole_layers_s(profile: Profile, table: Table, kernels: Kernels) -> FloatArr
         part = {name: column[rows] for name, column in shape.items()}
         seconds[rows] = layer_parts_s(model, kernels, tp=int(tp), **part)
     return seconds
-
-
-def corrected_s(parts_s: FloatArray, correction: LayerCorrection, tokens: FloatArray) -> FloatArray:
-    """The sum of the parts and what they miss; never less than half the sum."""
-    return np.maximum(parts_s + correction.at(tokens), 0.5 * parts_s)
 
 
 def judge_skewed(table: Table, kernels: Kernels) -> Errors:

@@ -14,7 +14,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m profiler.measure", allow_abbrev=False)
     add_arguments(parser)
     try:
-        return run(parser.parse_args())
+        return run(parser.parse_args()).status
     except InputError as error:
         print(f"profile: {error}", file=sys.stderr)
         return 2

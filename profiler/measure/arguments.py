@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import NamedTuple
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -12,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options, for `convoy` and for `python -m profiler.measure`."""
     parser.description = (
         "Measures a model's operators on the device that is here, with the live runtime's own layers, and "
-        "writes a profile for `convoy train`. Ctrl-C keeps what was measured."
+        "writes a profile. Ctrl-C keeps what was measured; --resume goes on."
     )
     parser.add_argument("--model", default=None, help="a name, or a path to a Hugging Face config.json")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -24,7 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="a small grid, in under 90 s")
     parser.add_argument("--resume", action="store_true", help="go on with what --out holds")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="default: fp32 on a CPU, bf16 on a GPU")
-    parser.add_argument("--threads", type=int, metavar="N", help="of torch, on a CPU")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="of torch, on a CPU; default 1, as a rank of the live runtime",
+    )
     parser.add_argument("--attention", default="auto", metavar="NAME", help="attention back end")
     parser.add_argument("--only", type=_names, default=(), metavar="OPERATOR,…", help="these operators alone")
     parser.add_argument(
@@ -39,8 +45,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace) -> int:
-    """Measure or check; returns the exit status: 1 for a profile that no longer holds.
+class Done(NamedTuple):
+    """The exit status, and the folder of what was measured.
+
+    The status is 1 for a profile that no longer holds, 130 after Ctrl-C.
+    """
+
+    status: int
+    profile: Path | None = None
+
+
+def run(options: argparse.Namespace) -> Done:
+    """Measure or check.
 
     Raises:
         InputError: bad options, no torch, or a device that isn't here.
@@ -55,14 +71,14 @@ def run(options: argparse.Namespace) -> int:
             raise
         raise InputError("profile: needs torch; install convoy-sim[runtime]") from None
     if options.check is not None:
-        return 0 if check(options.check, device=options.device, threads=options.threads) else 1
+        return Done(0 if check(options.check, device=options.device, threads=options.threads) else 1)
     if options.model is None:
         raise InputError("profile: --model is missing")
     if options.threads is not None and options.threads < 1:
         raise InputError(f"--threads {options.threads}: must be at least 1")
     if options.max_context is not None and options.max_context < 1024:
         raise InputError(f"--max-context {options.max_context}: must be at least 1024 tokens")
-    measure(
+    outcome = measure(
         MeasureOptions(
             model=options.model,
             device=options.device,
@@ -79,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
             max_context=options.max_context,
         )
     )
-    return 0
+    return Done(130 if outcome.interrupted else 0, outcome.profile.path)
 
 
 def seconds(text: str) -> float:

@@ -214,7 +214,10 @@ class Cases:
 
     def _embedding(self, point: Point) -> Call:
         model = self.model
-        weights = self.weights(model.vocab_size, model.hidden_size)
+        # A row is wanted when its token comes again: by then it has long left the cache.
+        size = model.vocab_size * model.hidden_size
+        tables = max(min(self._cold_bytes, len(self._numbers) * self.element) // (size * self.element), 1)
+        weights = [self.numbers(model.vocab_size, model.hidden_size, offset=i * size) for i in range(tables)]
         generator = torch.Generator().manual_seed(1)
         draws = [
             torch.randint(model.vocab_size, (point["rows"],), generator=generator).to(self.device)

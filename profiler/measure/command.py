@@ -10,7 +10,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -51,7 +51,7 @@ class MeasureOptions:
         device: auto, cpu, cuda or cuda:1 and so on.
         spec: the data sheet, by name or path; None recognises it from what the device calls itself.
         budget_s: of the whole session; None takes the usual.
-        threads: of torch; None leaves torch's own choice.
+        threads: of torch, on a CPU; None is 1.
         only: operators; all if empty.
         tps: tensor-parallel degrees; all that are possible if empty.
         max_context: longest context, tokens; None takes the model's on a CPU and 10M on a GPU.
@@ -107,9 +107,10 @@ def set_up(options: MeasureOptions) -> SetUp:
     if dtype not in ("fp32", "bf16") or dtype not in DTYPES:
         raise InputError(f"--dtype {dtype}: is not measured; fp32 and bf16 are")
     spec.peak_flops_for(dtype)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    threads = torch.get_num_threads() if device.type == "cpu" else 0
+    threads = 0
+    if device.type == "cpu":
+        threads = options.threads or 1
+        torch.set_num_threads(threads)
     spec = part_used(spec, threads)
     possible = tuple(tp_choices(model, spec))
     tps = options.tps or possible
@@ -150,7 +151,14 @@ def set_up(options: MeasureOptions) -> SetUp:
     )
 
 
-def measure(options: MeasureOptions, say: Callable[[str], None] = print) -> Profile:
+class Outcome(NamedTuple):
+    """What was measured, and whether it was cut short."""
+
+    profile: Profile
+    interrupted: bool
+
+
+def measure(options: MeasureOptions, say: Callable[[str], None] = print) -> Outcome:
     """Measure, and write the profile; Ctrl-C ends it early with what there is.
 
     Raises:
@@ -178,10 +186,12 @@ def measure(options: MeasureOptions, say: Callable[[str], None] = print) -> Prof
         f"attention by {measurer.cases.backend.name}: {len(coarse)} points in the coarse grid, "
         f"{real.budget_s:.0f} s"
     )
+    interrupted = False
     try:
         with progress(real.budget_s) as on_visit:
             Session(store, coarse, measurer.visit, _if_possible(refine), real.budget_s, on_visit).run()
     except KeyboardInterrupt:
+        interrupted = True
         say("interrupted: what was measured is kept; --resume goes on")
     finally:
         measurer.close()
@@ -202,7 +212,7 @@ def measure(options: MeasureOptions, say: Callable[[str], None] = print) -> Prof
         threads=real.threads,
     )
     _say_result(profile, real, store, quantile, say)
-    return profile
+    return Outcome(profile, interrupted)
 
 
 OPERATORS = (

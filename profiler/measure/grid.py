@@ -27,7 +27,7 @@ from specs.models import DTYPE_BYTES, ModelSpec
 
 # Share of the coarse grid that each operator gets: by its share of serving time, and by its dimensions.
 _COARSE = {
-    "gemm": 130,
+    "gemm": 200,
     "prefill_attention": 100,
     "decode_attention": 72,
     "layer": 56,

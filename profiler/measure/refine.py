@@ -56,7 +56,8 @@ class Refiner:
             open_points = [p for p in self._candidates.get(operator, ()) if p not in store.points]
             if open_points and len(measured) >= FEWEST_ROWS:
                 doubts = self._doubts(operator, measured, open_points)
-                scored += _apart(open_points, doubts * _IMPORTANCE.get(operator, _LESSER), count)
+                # No operator takes more than a part of a round: the one with most dimensions would take all.
+                scored += _apart(open_points, doubts * _IMPORTANCE.get(operator, _LESSER), count // 3 + 1)
         scored.sort(key=lambda entry: (-entry[0], entry[1]))
         return [point for _, point in scored[:count]]
 

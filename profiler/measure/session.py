@@ -1,8 +1,8 @@
 """Which point is measured next, until the budget is spent.
 
 1. The coarse grid, operators in turn: each prefix of it covers the ranges, so any early stop is usable.
-2. Refinement: points that the fit so far predicts worst, in rounds, until 60 % of the budget.
-3. Second and third visits of everything, in another order; then of the points whose visits disagree most.
+2. Refinement: points that the fit so far predicts worst, in rounds, until half of the budget is spent.
+3. A second visit of everything, in another order; then of the points whose visits disagree most.
 
 Nothing here knows torch or the clock: the measuring is a function that is called with a point.
 """
@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from profiler.measure.points import Point
 from profiler.measure.store import OK, Store, Visit
 
-REFINE_UNTIL = 0.6  # share of the budget after which no new point is begun
-VISITS = 3  # of every point, if the budget allows
+REFINE_UNTIL = 0.5  # share of the budget after which no new point is begun
+VISITS = 2  # of every point, if the budget allows
 MOST_VISITS = 9
-STEADY = 0.02  # spread over time below which a point is not visited a fourth time
+STEADY = 0.02  # spread over time below which a point is not visited a third time
 
 Measure = Callable[[Point], Visit]
 Refine = Callable[[Store, int], list[Point]]
