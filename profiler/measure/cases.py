@@ -20,6 +20,7 @@ from runtime.attention import Backend, Extent, choose_backend, merge
 from specs.devices import DeviceSpec
 from specs.models import ModelSpec
 
+MOST_DRAWS = 8192  # of token ids; more are never asked for in a visit
 CACHES = 4  # last-level caches' worth of other data after which an input is surely cold
 
 
@@ -213,17 +214,15 @@ class Cases:
         return lambda i: layers.write_kv(cache, slots[i % len(slots)], k, v)
 
     def _embedding(self, point: Point) -> Call:
-        model = self.model
-        # A row is wanted when its token comes again: by then it has long left the cache.
-        size = model.vocab_size * model.hidden_size
-        tables = max(min(self._cold_bytes, len(self._numbers) * self.element) // (size * self.element), 1)
-        weights = [self.numbers(model.vocab_size, model.hidden_size, offset=i * size) for i in range(tables)]
+        """Rows that haven't been read for long: one is wanted when its token comes again."""
+        hidden, rows = self.model.hidden_size, point["rows"]
+        size = max(self._cold_bytes // self.element // hidden, self.model.vocab_size)
+        table = self.numbers(min(size, len(self._numbers) // hidden), hidden)
         generator = torch.Generator().manual_seed(1)
-        draws = [
-            torch.randint(model.vocab_size, (point["rows"],), generator=generator).to(self.device)
-            for _ in range(16)
-        ]
-        return lambda i: layers.embed(weights[i % len(weights)], draws[i % len(draws)])
+        order = torch.randperm(len(table), generator=generator).to(self.device)
+        draws = torch.split(order, rows)[:MOST_DRAWS]
+        draws = draws[: max(len(table) // rows, 1)]  # the last one may be short
+        return lambda i: layers.embed(table, draws[i % len(draws)])
 
     def _sampling(self, point: Point) -> Call:
         logits = self.numbers(point["rows"], point["width"])
