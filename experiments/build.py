@@ -134,10 +134,52 @@ def _scheduler_settings(config: Config) -> SchedulerSettings:
         find_priority(scheduler.priority)
     except InputError as error:
         raise InputError(f"scheduler.priority: {error}") from None
+    check_priority(scheduler.priority)
     own = {"router", "length_threshold_tokens", "long_replicas", "kv"}
     return SchedulerSettings(
         **scheduler.model_dump(exclude=own), **scheduler.kv.model_dump(), pipeline=config.parallel.pipeline
     )
+
+
+def check_priority(name: str) -> None:
+    """Try a user's own priority on a request.
+
+    Raises:
+        InputError: it can't be made, or its key is no number.
+    """
+    if ":" not in name:
+        return
+    from policies.cost import PrefillWork
+    from policies.request import Request
+
+    try:
+        priority = find_priority(name)(PrefillWork(_NoCost(), target_s=0.05))
+        request = Request(0, 1.0, 1000, 10, work_s=1.0, deadline_s=1.5)
+        key = priority.key(request, 2.0)
+        key = float(key) if isinstance(key, int | float | np.number) else key
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise InputError(
+            f"scheduler.priority: '{name}' fails on a request: {text}; "
+            "it needs key(self, request, now_s), which returns a number"
+        ) from None
+    if not isinstance(key, float) or key != key:
+        raise InputError(
+            f"scheduler.priority: '{name}' gives {key!r} as a request's key; it must be a number"
+        )
+
+
+class _NoCost:
+    """Some cost model to try a priority with."""
+
+    def tokens_s(self, tokens: int, rows: int, requests: int) -> float:
+        return 1e-3 + 1e-5 * tokens
+
+    def chunk_attention_s(self, chunk_tokens: int, context_tokens: int) -> float:
+        return 1e-9 * chunk_tokens * context_tokens
+
+    def decode_attention_s(self, decodes: int, total_context: int) -> float:
+        return 1e-9 * total_context
 
 
 def _fit_memory(config: Config, model: ModelSpec, device: DeviceSpec, parallel: ParallelSpec) -> MemoryFit:
@@ -210,7 +252,7 @@ def _check_lengths(
     longest = workload.prompt_tokens.astype(np.int64) + workload.output_tokens
     capacity = memory.kv_capacity_tokens
     over = int(np.count_nonzero(_largest_shard(longest - 1, sharding) > capacity))
-    of_all = f"of {len(longest):,} requests"
+    of_all = f"of the workload's {len(longest):,} requests"
     if over == len(longest):
         raise InputError(
             f"workload.lengths: the KV cache of {_holder(sharding)} holds {capacity:,} tokens, and even the "
@@ -228,6 +270,16 @@ def _check_lengths(
         notes.append(
             f"{beyond:,} {of_all} are longer than the {model.max_context_tokens:,} tokens that {model.name} "
             "was made for; they are timed as if it could."
+        )
+    if sharding.groups > 1 and longest.max() - 1 <= sharding.tokens_per_group:
+        notes.append(
+            f"No request is longer than the {sharding.tokens_per_group:,} tokens of one KVP group "
+            "(parallel.kvp_tokens_per_group): the groups work side by side, never together."
+        )
+    if model.sliding_window is not None and int(longest.max()) > model.sliding_window:
+        notes.append(
+            f"{model.name} attends to the last {model.sliding_window:,} tokens only; attention is timed, and "
+            "its KV cache counted, as if to all of them."
         )
     if workload.prefix is not None:
         notes.append("Prefixes that requests share are not reused: every prompt is computed in full.")

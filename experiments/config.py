@@ -1,4 +1,4 @@
-"""The configuration of a run (DESIGN.md section 9): what may be said, within which bounds.
+"""The configuration of a run: what may be said, within which bounds.
 
 The models are frozen and forbid unknown keys. Types are strict: "8" is not a number and 1 is not true.
 """

@@ -45,7 +45,8 @@ def _layout(experiment: Experiment) -> str:
     chunks = (
         f"static chunks of {scheduler.chunk_tokens}" if scheduler.chunking == "static" else scheduler.chunking
     )
-    return f"{replicas} of TP {parallel.tp}, {stages} {parallel.spp}; {scheduler.priority}, {chunks}"
+    groups = f", KVP {parallel.kvp}" if parallel.kvp > 1 else ""
+    return f"{replicas} of TP {parallel.tp}, {stages} {parallel.spp}{groups}; {scheduler.priority}, {chunks}"
 
 
 def _load(arrivals: Mapping[str, Any]) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,9 +37,14 @@ def choose_folder(out: str | None, name: str, *, force: bool) -> Path:
 def writing(folder: Path, *, numbered: bool) -> Iterator[tuple[Path, Path]]:
     """Yields (temporary sibling, final folder); on leaving, the sibling takes the final name.
 
-    Whatever goes wrong inside, the sibling is removed. With ``numbered``, a folder that has appeared
-    meanwhile is stepped around by the next free number.
+    Whatever goes wrong inside, the sibling is removed. Ctrl-C waits until all is written. With ``numbered``,
+    a folder that has appeared meanwhile is stepped around by the next free number.
     """
+    with _uninterrupted():
+        yield from _write_beside(folder, numbered)
+
+
+def _write_beside(folder: Path, numbered: bool) -> Iterator[tuple[Path, Path]]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
     try:
@@ -49,6 +56,19 @@ def writing(folder: Path, *, numbered: bool) -> Iterator[tuple[Path, Path]]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ignore Ctrl-C: what has been simulated is not to be lost to an impatient second one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def is_run(folder: Path) -> bool:
@@ -102,8 +122,11 @@ def _check_writable(folder: Path) -> None:
         parent = parent.parent
     if not parent.is_dir():
         raise InputError(f"--out {folder}: {parent} is not a folder")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"--out {folder}: {parent} can't be written to")
+    try:
+        trial = tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=parent)
+        Path(trial).rmdir()
+    except OSError as error:
+        raise InputError(f"--out {folder}: {error.strerror} in {parent}") from None
 
 
 def _umask() -> int:

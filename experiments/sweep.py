@@ -181,7 +181,9 @@ def _start_ray() -> None:
         import ray
         from ray.util.joblib import register_ray
     except ImportError:
-        raise InputError("--backend ray: ray isn't installed; pip install 'convoy-sim[ray]'") from None
+        raise InputError(
+            "--backend ray: ray isn't installed; in Convoy's folder: pip install -e '.[ray]'"
+        ) from None
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
     register_ray()

@@ -81,7 +81,9 @@ def _names(records: RunRecords) -> list[str]:
 
 def _slices(records: RunRecords, rows: NDArray[np.int64]) -> list[str]:
     batches = {name: column[rows] for name, column in records.batches.items()}
-    times = _microseconds(batches["start_s"]), _microseconds(batches["end_s"] - batches["start_s"])
+    # Both ends are rounded, not the length: a slice that ends where the next begins must not overlap it.
+    starts, ends = (np.rint(batches[name] * 1e9) / 1e3 for name in ("start_s", "end_s"))
+    times = starts.tolist(), (ends - starts).tolist()
     names = ("replica", "stage", "batch", "steps", "num_prefills", "prefill_tokens", "num_decodes")
     counts = (batches[name].tolist() for name in names)
     return [

@@ -33,10 +33,12 @@ class Load:
         num_decodes: of them, decodes.
         decode_context: tokens the decodes attend to in their KV caches, at the batch's first step.
         attention_s: predicted attention time over all layers, seconds; merges between groups included.
+        decode_attention_s: of it, that of the decodes.
     """
 
     __slots__ = (
         "attention_s",
+        "decode_attention_s",
         "decode_context",
         "num_chunks",
         "num_decodes",
@@ -53,6 +55,7 @@ class Load:
         self.num_decodes = 0
         self.decode_context = 0
         self.attention_s = 0.0
+        self.decode_attention_s = 0.0
 
     def count_chunk(self, tokens: int, rows: int, attention_s: float) -> None:
         """Add a chunk, ``rows`` of whose tokens reach the LM head here."""
@@ -70,6 +73,7 @@ class Load:
         self.num_decodes += decodes
         self.decode_context += context
         self.attention_s += attention_s
+        self.decode_attention_s += attention_s
 
 
 class Batch(Load):

@@ -61,7 +61,7 @@ class AdaptiveChunks:
     takes one smallest chunk, so that prefill never stands still.
     """
 
-    FULL = 0.9  # no further chunk is tried once the prediction is within 10 % of the target [code]
+    FULL = 0.9  # no further chunk is tried once the prediction is within 10 % of the target (Medha)
 
     def __init__(
         self, cost: CostModel, *, target_s: float, max_chunk_tokens: int, max_batch_tokens: int

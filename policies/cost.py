@@ -5,7 +5,9 @@ from __future__ import annotations
 from bisect import bisect_right
 from typing import Protocol
 
-MIN_CHUNK_TOKENS = 32  # step of the chunk search and smallest chunk (MEDHA.md section 3, [code])
+MIN_CHUNK_TOKENS = (
+    32  # step of the chunk search and smallest chunk (as in the code of Medha, arXiv 2409.17264)
+)
 
 
 class CostModel(Protocol):

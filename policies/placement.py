@@ -8,7 +8,7 @@ from policies.sharding import Sharding
 
 class PendingWork:
     """Homes requests where the least prefill work is pending, measured as the sum of the squares of the
-    prompts' lengths (MEDHA.md section 2, [code]). A request in several shards counts in all its groups."""
+    prompts' lengths, as in Medha's code. A request in several shards counts in all its groups."""
 
     def __init__(self, sharding: Sharding) -> None:
         self._sharding = sharding

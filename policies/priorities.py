@@ -2,7 +2,7 @@
 
 A priority gives every waiting request a key; the smallest goes first, ties go to the earlier arrival.
 Waiting and half-done prefills compete in one order, and keys are looked at anew for every batch: that is
-what makes prefill preemptive. Formulas: MEDHA.md section 3, arXiv 2409.17264 section 4.
+what makes prefill preemptive. Formulas: arXiv 2409.17264, section 4.
 """
 
 from __future__ import annotations
@@ -126,8 +126,8 @@ def find_priority(name: str) -> type[Priority]:
     module_name, _, class_name = name.partition(":")
     try:
         found = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"priority '{name}' can't be imported: {error}") from error
+    except (Exception, SystemExit) as error:  # it is somebody else's code: whatever it does, say where
+        raise InputError(f"priority '{name}' can't be imported: {type(error).__name__}: {error}") from error
     if not (isinstance(found, type) and issubclass(found, Priority)):
         raise InputError(f"priority '{name}' is not a subclass of policies.priorities.Priority")
     return found

@@ -63,7 +63,7 @@ class Request:
         self.prompt_tokens = prompt_tokens
         self.output_tokens = output_tokens
         self.slo_class = slo_class
-        self.work_s = work_s  # C[prompt]: predicted time of its prefill alone (MEDHA.md section 3)
+        self.work_s = work_s  # C[prompt]: predicted time of its prefill alone
         self.deadline_s = deadline_s  # D: seconds after arrival by which the first token is due
         self.prefill_tokens = prompt_tokens
         self.scheduled_tokens = 0

@@ -31,7 +31,7 @@ from policies.slo import Slo
 
 @dataclass(frozen=True, slots=True)
 class SchedulerSettings:
-    """Everything about scheduling that a configuration can say; DESIGN.md section 9 has the meanings."""
+    """Everything about scheduling that a configuration can say; docs/configuration.md has the meanings."""
 
     priority: str = "fcfs"
     chunking: Literal["whole", "static", "adaptive"] = "static"
@@ -302,8 +302,9 @@ class Scheduler:
                         together[group].append(shards)
         for load, shards_of in zip(batch.loads, together, strict=True):
             if load.num_decodes:
-                load.attention_s += cost.decode_attention_s(load.num_decodes, load.decode_context)
-                load.attention_s += cost.merge_decodes_s(shards_of)
+                attention_s = cost.decode_attention_s(load.num_decodes, load.decode_context)
+                load.decode_attention_s = attention_s + cost.merge_decodes_s(shards_of)
+                load.attention_s += load.decode_attention_s
 
     def _emit_first_token(self, request: Request, now_s: float, finished: list[Request]) -> None:
         """The prefill is complete: a token is out, and the request is done or decodes from here on."""

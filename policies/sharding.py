@@ -12,7 +12,7 @@ from policies.cost import CostModel
 class Sharding:
     """Shard i of a request holds its tokens from i · ``tokens_per_group`` on and lies in the i-th group after
     its *home*, so that groups join one after the other as the request grows; the last shard has no end
-    (MEDHA.md section 2, arXiv 2409.17264)."""
+    (arXiv 2409.17264)."""
 
     groups: int = 1
     tokens_per_group: int = 524288

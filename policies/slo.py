@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class TtftTarget:
-    """D = max(multiplier · C[L], floor): longer prompts may take longer (MEDHA.md section 3).
+    """D = max(multiplier · C[L], floor): longer prompts may take longer (arXiv 2409.17264).
 
     With ``multiplier`` 0 it is the same number of seconds for everybody.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -57,6 +58,16 @@ class Estimate:
             if self.interval is None
             else np.maximum(self.time_s * np.exp(self.interval[1]), self.floor_s)
         )
+
+
+def joined(estimates: Sequence[Estimate]) -> Estimate:
+    """Estimates of the same kernel, one after the other."""
+    return replace(
+        estimates[0],
+        time_s=np.concatenate([each.time_s for each in estimates]),
+        floor_s=np.concatenate([each.floor_s for each in estimates]),
+        extrapolated=np.concatenate([each.extrapolated for each in estimates]),
+    )
 
 
 def broadcast(*values: ArrayLike) -> tuple[FloatArray, ...]:

@@ -183,6 +183,16 @@ class IterationModel:
         """Seconds to hand the activations of ``tokens`` tokens to the next stage."""
         return self._handover_line.at(tokens) if len(self.stage_layers) > 1 else 0.0
 
+    def tokens_outside_s(self, tokens: int, rows: int, requests: int) -> float:
+        """Of ``tokens_s``, the seconds of operators outside what was measured: extrapolated, or without any
+        table, or a host's work that is assumed."""
+        dense = tokens < self._dense
+        found = self._tokens_outside[tokens] if dense else self._tokens_outside_line.at(tokens)
+        found += self._rows_outside[min(rows, len(self._rows_outside) - 1)]
+        if self.host.source == "assumed":
+            found += self.host.base_s + requests * self.host.per_request_s
+        return found
+
     def chunk_is_extrapolated(self, chunk_tokens: int, context_tokens: int) -> bool:
         """Whether a chunk's attention lies outside what was measured."""
         i = min(bisect_right(self._chunk_knots, chunk_tokens) - 1, len(self._chunk_limits) - 1)
@@ -269,6 +279,7 @@ class IterationModel:
         """Attention of one layer, of several KVP groups in the slowest one: for each chunk, and for the
         decodes, which count as equally long."""
         sharding, shards = self._sharding, self._shards
+        merges: list[tuple[int, int]] = []  # tokens, and the groups that share them
         if chunks:
             size, context = np.array(chunks, dtype=np.float64).T
             shard = np.minimum(context // sharding.tokens_per_group, sharding.groups - 1)
@@ -279,9 +290,9 @@ class IterationModel:
                 yield "prefill attention", own.where(~in_other)
             if in_other.any():
                 yield "shard attention", other.where(in_other)
-            for (tokens, _), last in zip(chunks, shard, strict=True):
-                if last > 0:
-                    yield from shards.named_merge(tokens, int(last) + 1)
+            merges += [
+                (tokens, int(last) + 1) for (tokens, _), last in zip(chunks, shard, strict=True) if last
+            ]
         if decodes:
             mean = decode_context // decodes
             last = sharding.shards(mean + 1) - 1
@@ -290,7 +301,8 @@ class IterationModel:
             estimate = self._decode_estimate(np.array([float(decodes)]), np.array([float(in_group)]))
             yield "decode attention", estimate
             if last > 0:
-                yield from shards.named_merge(decodes, last + 1)
+                merges.append((decodes, last + 1))
+        yield from shards.named_merges(merges)
 
     def _row_operators(self, rows: FloatArray) -> list[tuple[str, Estimate]]:
         return row_operators(self.model, self.kernels, self.parallel.tp, rows)
@@ -325,6 +337,12 @@ class IterationModel:
         self._layers_table: list[float] = np.interp(dense, knots, layers_s).tolist()
         self._tokens_table: list[float] = np.interp(dense, knots, layers_s + handovers_s).tolist()
         self._dense = len(self._tokens_table)
+        operators = [*self._token_operators(knots), *self._collectives(knots)]
+        outside_s = _outside_s([estimate for _, estimate in operators]) * self.model.num_layers
+        outside_s += _outside_s([each for _, each in first_operators(self.model, self.kernels, knots)])
+        outside_s += _outside_s([self._handover(knots)]) * (len(self.stage_layers) - 1)
+        self._tokens_outside_line = Polyline(knots, outside_s)
+        self._tokens_outside: list[float] = np.interp(dense, knots, outside_s).tolist()
 
     def _compile_rows(self, max_rows: int) -> None:
         knots = token_knots(max(max_rows, 2))
@@ -334,6 +352,9 @@ class IterationModel:
         table: list[float] = np.interp(dense, knots, rows_s).tolist()
         table[0] = 0.0  # no row, no LM head
         self._rows_table = table
+        outside_s = _outside_s([estimate for _, estimate in self._row_operators(knots)])
+        self._rows_outside: list[float] = np.interp(dense, knots, outside_s).tolist()
+        self._rows_outside[0] = 0.0
 
     def _compile_chunks(self, max_chunk: int) -> None:
         chunks = chunk_knots(max_chunk, self._heads // self._kv_heads)
@@ -374,6 +395,11 @@ class IterationModel:
 
     def _layers_s(self, tokens: int) -> float:
         return self._layers_table[tokens] if tokens < self._dense else self._layers_line.at(tokens)
+
+
+def _outside_s(estimates: Sequence[Estimate]) -> FloatArray:
+    """Time of the shapes outside what was measured, added up over operators."""
+    return np.sum([estimate.time_s * estimate.extrapolated for estimate in estimates], axis=0)
 
 
 def _row(name: str, estimate: Estimate, times: int) -> OperatorRow:

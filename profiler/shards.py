@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from profiler.decode_run import Polyline
-from profiler.estimate import Estimate, FloatArray
+from profiler.estimate import Estimate, FloatArray, joined
 from profiler.kernels import Kernels
 from profiler.work import LSE_BYTES, kvp_merge_bytes
 from specs import ModelSpec, ParallelSpec
@@ -57,7 +57,7 @@ class ShardTimes:
         """One layer's exchange of outputs and log-sum-exps between ``shards`` groups, and their sum.
 
         Each group receives those of all the others: (h_q · d) elements and a log-sum-exp a head for every
-        token (MEDHA.md section 2).
+        token (arXiv 2409.17264).
         """
         head_dim, element = self._model.head_dim, self._kernels.activation_bytes
         sent = tokens * self._heads * (head_dim * element + LSE_BYTES)
@@ -68,11 +68,12 @@ class ShardTimes:
         moved = kvp_merge_bytes(tokens, np.full_like(tokens, shards), self._heads, head_dim, element)
         return exchange, self._kernels.elementwise(moved, kind="kvp_merge", rows=tokens, shards=shards)
 
-    def named_merge(self, tokens: int, shards: int) -> Iterator[tuple[str, Estimate]]:
-        """The same by name, of ``tokens`` tokens."""
-        exchange, merge = self.merge(np.array([float(tokens)]), shards)
-        yield "kvp exchange", exchange
-        yield "kvp merge", merge
+    def named_merges(self, merges: Sequence[tuple[int, int]]) -> Iterator[tuple[str, Estimate]]:
+        """The same by name, of several (tokens, shards)."""
+        pairs = [self.merge(np.array([float(tokens)]), shards) for tokens, shards in merges]
+        if pairs:
+            yield "kvp exchange", joined([exchange for exchange, _ in pairs])
+            yield "kvp merge", joined([merge for _, merge in pairs])
 
     def _line(self, layer_s: FloatArray) -> Polyline:
         return Polyline(self._chunks, np.maximum.accumulate(layer_s) * self._model.num_layers)

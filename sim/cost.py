@@ -29,6 +29,10 @@ class IterationCost(CostModel, Protocol):
         """``steps`` steps of the same decodes, each adding one token to every context."""
         ...
 
+    def tokens_outside_s(self, tokens: int, rows: int, requests: int) -> float:
+        """Of ``tokens_s``, the seconds that lie outside what was measured."""
+        ...
+
     def chunk_is_extrapolated(self, chunk_tokens: int, context_tokens: int) -> bool:
         """Whether a chunk's attention lies outside what was measured."""
         ...

@@ -218,7 +218,9 @@ class Replica:
         if len(loads) > 1:
             self._count_loads(loads)
             return
-        work.predicted_s += cost.tokens_s(batch.tokens, batch.rows, batch.requests) * steps + attention_s
+        shape = batch.tokens, batch.rows, batch.requests
+        work.predicted_s += cost.tokens_s(*shape) * steps + attention_s
+        work.extrapolated_s += cost.tokens_outside_s(*shape) * steps
         if decodes and cost.decode_is_extrapolated(decodes, batch.decode_context):
             chunks_s = sum(self.scheduler.attention_s(chunk) for chunk in batch.chunks)
             work.extrapolated_s += attention_s - chunks_s
@@ -228,7 +230,8 @@ class Replica:
         work, cost = self.recorder.work, self.cost
         for load in loads:
             if load.requests:
-                fixed_s = cost.tokens_s(load.tokens, load.rows, load.requests)
-                work.predicted_s += fixed_s + load.attention_s
+                shape = load.tokens, load.rows, load.requests
+                work.predicted_s += cost.tokens_s(*shape) + load.attention_s
+                work.extrapolated_s += cost.tokens_outside_s(*shape)
             if load.num_decodes and cost.decode_is_extrapolated(load.num_decodes, load.decode_context):
-                work.extrapolated_s += cost.decode_attention_s(load.num_decodes, load.decode_context)
+                work.extrapolated_s += load.decode_attention_s

@@ -127,7 +127,7 @@ def _does_not_fit(shape: _Shape, parallel: ParallelSpec, fit: MemoryFit) -> str:
     return (
         f"model: {model.name} doesn't fit {device.name} at tp {parallel.tp}, spp {parallel.spp}: "
         f"its {shape.weight_dtype} weights take {fit.weights_bytes / _GIB:.1f} GiB of a GPU and "
-        f"{usable / _GIB:.1f} GiB are free for weights and KV cache, {short:.1f} GiB too few; "
+        f"{max(usable, 0) / _GIB:.1f} GiB are free for weights and KV cache, {short:.1f} GiB too few; "
         f"{_what_would_fit(shape, parallel)}"
     )
 

@@ -10,6 +10,7 @@ from specs.errors import InputError, did_you_mean
 from specs.models import ModelSpec
 
 Pipeline = Literal["stream", "microbatch"]
+MAX_KVP = 1024  # groups of a replica; each has its own part in every batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,8 @@ class ParallelSpec:
             value = getattr(self, key)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"parallel.{key}: must be a whole number of at least 1, not {value!r}")
+        if self.kvp > MAX_KVP:
+            raise InputError(f"parallel.kvp: {self.kvp} is more than {MAX_KVP}, the most that is simulated")
         known = get_args(Pipeline)
         if self.pipeline not in known:
             hint = did_you_mean(str(self.pipeline), known)

@@ -57,6 +57,9 @@ class LinearCost:
         line = Polyline(np.array([0.0, 1.0]), np.array([0.0, self.context_s]))
         return DecodeRun(line, self.tokens_s(decodes, decodes, decodes), total_context, decodes, steps)
 
+    def tokens_outside_s(self, tokens: int, rows: int, requests: int) -> float:
+        return 0.0
+
     def chunk_is_extrapolated(self, chunk_tokens: int, context_tokens: int) -> bool:
         return False
 

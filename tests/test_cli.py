@@ -128,6 +128,11 @@ BAD_CONFIGS: dict[str, tuple[Any, str]] = {
     "tp over kv heads": (run_with(parallel__tp=16), "parallel.tp: 16"),
     "tp doesn't divide": (run_with(parallel__tp=3), "parallel.tp: 3 must divide"),
     "more stages than layers": (run_with(parallel__spp=33), "parallel.spp: 33 stages"),
+    "too many groups": (run_with(parallel__kvp=1025), "parallel.kvp: 1025 is more than"),
+    "beyond any clock": (
+        run_with(workload__arrivals={"process": "poisson", "rate_rps": 1e-300}),
+        "workload: arrival_s of request",
+    ),
     "kvp": (run_with(parallel__kvp=2, parallel__kvp_tokens_per_group=1000), "is no multiple of"),
     "doesn't fit": (run_with(model="llama-3-70b"), "tp 2, spp 1 would fit"),
     "context over kv": (
@@ -395,7 +400,7 @@ def test_requests_that_can_t_fit_are_rejected_and_named(
     (folder / "t.csv").write_text("prompt_tokens,output_tokens\n100,10\n9000000,10\n200,10\n")
     data = run_with(workload__lengths={"trace": "t.csv"}, workload__num_requests=3)
     assert main(["run", write(folder, data), "--no-plots", "--out", "result"]) == 0
-    assert "1 of 3 requests are longer than" in capsys.readouterr().out
+    assert "1 of the workload's 3 requests need more than" in capsys.readouterr().out
     summary = json.loads((folder / "result/summary.json").read_text())
     assert (summary["num_finished"], summary["num_rejected"]) == (2, 1)
     rejected = (folder / "result/requests.csv").read_text().splitlines()[2].split(",")
@@ -434,6 +439,40 @@ def test_users_bring_their_own_priority(folder: Path) -> None:
     )
     data = run_with(scheduler__priority="shortest:ShortestPrompt")
     assert main(["run", write(folder, data), "--no-plots", "--quiet", "--out", "result"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("class P(Priority:", "SyntaxError"),
+        ("raise SystemExit(7)", "SystemExit: 7"),
+        ("class P(Priority): pass", "fails on a request: NotImplementedError"),
+        ("class P(Priority):\n def key(self, request): return 1.0", "fails on a request: TypeError"),
+        ("class P(Priority):\n def key(self, request, now_s): return 1 / 0", "ZeroDivisionError"),
+        ("class P(Priority):\n def key(self, request, now_s): return float('nan')", "gives nan"),
+        ("class P(Priority):\n def key(self, request, now_s): return 'x'", "gives 'x'"),
+        ("class P: pass", "not a subclass"),
+    ],
+)
+def test_a_broken_priority_of_the_users_is_named(
+    folder: Path, capsys: pytest.CaptureFixture[str], source: str, expected: str
+) -> None:
+    module = f"broken_{abs(hash(source))}"  # modules are imported once
+    (folder / f"{module}.py").write_text(f"from policies.priorities import Priority\n{source}\n")
+    data = run_with(scheduler__priority=f"{module}:P")
+    assert main(["run", write(folder, data), "--out", "result"]) == 2
+    error = capsys.readouterr().err
+    assert "scheduler.priority: " in error and expected in error and error.count("\n") == 1
+    assert not (folder / "result").exists()
+
+
+def test_a_folder_that_cant_be_made_is_refused_before_anything_runs(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(folder, RUN)
+    for out in ("/proc/convoy", "x" * 300):
+        assert main(["run", path, "--out", out]) == 2
+        assert capsys.readouterr().err.startswith("convoy: --out ")
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> None:

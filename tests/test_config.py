@@ -42,7 +42,7 @@ def write(folder: Path, data: Any, name: str = "C.yaml") -> Path:
 
 
 def test_the_documented_example_is_read(tmp_path: Path) -> None:
-    """DESIGN.md section 9, with a trace that is there."""
+    """The example of the documentation, with a trace that is there."""
     (tmp_path / "mix.csv.gz").write_bytes(b"")
     path = write(
         tmp_path,

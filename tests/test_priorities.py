@@ -1,4 +1,4 @@
-"""Orders of waiting prefills, against MEDHA.md section 3 and hand-computed cases."""
+"""Orders of waiting prefills, against arXiv 2409.17264 and hand-computed cases."""
 
 from __future__ import annotations
 

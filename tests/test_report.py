@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import re
 import struct
@@ -266,6 +267,20 @@ def test_the_phases_of_a_request_follow_each_other(tmp_path: Path) -> None:
     times = [event["ts"] for event in mine]
     assert times == sorted(times)
     assert times[1] == times[2]
+
+
+def test_slices_of_a_track_never_overlap(tmp_path: Path) -> None:
+    records = records_of()
+    ends = np.cumsum(np.random.default_rng(1).exponential(0.0123456789, 1200))
+    records.batches["start_s"] = np.concatenate([[0.0], ends[:-1]])
+    records.batches["end_s"] = ends
+    for name in ("replica", "stage"):
+        records.batches[name] = np.zeros_like(records.batches[name])
+    write_timeline(records, tmp_path / "t.json")
+    slices = sorted((e["ts"], e["dur"]) for e in events_of(tmp_path / "t.json") if e["ph"] == "X")
+    assert len(slices) == 1200
+    for (start, length), (following, _) in itertools.pairwise(slices):
+        assert round(1000 * start) + round(1000 * length) <= round(1000 * following)
 
 
 def test_a_long_timeline_is_cut_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

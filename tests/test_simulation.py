@@ -10,8 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policies.scheduler import SchedulerSettings
+from policies.sharding import Sharding
 from profiler.decode_run import DecodeRun, Polyline
+from profiler.iteration import IterationModel
+from profiler.kernels import load_kernels
+from profiler.overheads import HostOverhead
 from sim.cluster import Cluster, Setup, simulate
+from specs import ParallelSpec, get_device, get_model
 from specs.errors import InputError
 from tests.fakes import LinearCost
 from traces.metrics import summarize
@@ -107,7 +112,7 @@ def test_stream_pipelining_of_one_prompt(chunks: int, stages: int, handover_s: f
 
 
 def test_the_convoy_and_how_lars_ends_it() -> None:
-    """The worked example of MEDHA.md section 3: work of 10 s due at 16 s, two of 0.5 s that arrive at 5 s."""
+    """arXiv 2409.17264, section 4.1: work of 10 s due at 16 s, two of 0.5 s that arrive at 5 s."""
     from policies.slo import Slo, TtftTarget
 
     work = workload([0.0, 5.0, 5.0], [1000, 50, 50], [1, 1, 1])
@@ -335,3 +340,14 @@ def test_quantiles_of_gaps_are_those_of_the_expanded_list() -> None:
     assert found["mean"] == pytest.approx(expanded.mean())
     assert (found["max"], found["count"]) == (0.2, len(expanded))
     assert describe_gaps(np.empty((0, 4))) == {}
+
+
+@pytest.mark.parametrize(("tp", "kvp"), [(1, 1), (2, 1), (1, 2)])
+def test_all_time_is_extrapolated_where_nothing_was_measured(tp: int, kvp: int) -> None:
+    """On the roofline the share is 1, whatever operators and groups there are."""
+    device, model = get_device("h100-sxm"), get_model("tiny-llama")
+    parallel = ParallelSpec(tp=tp, kvp=kvp, kvp_tokens_per_group=256)
+    cost = IterationModel(model, load_kernels(device, "roofline"), parallel, host=HostOverhead(1e-4, 1e-6))
+    work = workload(poisson(20.0, 60, 3).tolist(), [50, 700, 1500] * 20, [5, 40, 80] * 20)
+    records = simulate(work, Setup(cost, 100_000, sharding=Sharding(kvp, 256)))
+    assert summarize(records)["extrapolated_time_share"] == pytest.approx(1.0, rel=1e-6)

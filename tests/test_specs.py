@@ -206,7 +206,7 @@ class TestDevices:
         ]
 
     def test_the_chunk_that_saturates_an_h100(self) -> None:
-        # MEDHA.md §1: 989 TFLOP/s ÷ 3.35 TB/s ≈ 295 FLOP a byte.
+        # arXiv 2409.17264, section 2: 989 TFLOP/s ÷ 3.35 TB/s ≈ 295 FLOP a byte.
         assert H100.peak_flops_for("bf16") / H100.memory_bandwidth_bytes_per_s == pytest.approx(295, rel=0.01)
 
     @pytest.mark.parametrize("name", list_devices())

@@ -1,6 +1,6 @@
 """A run in numbers. A metric without a single sample has no key; it is never 0.
 
-Definitions (DESIGN.md section 8): TTFT is arrival to first token, E2E arrival to last token, TPOT
+Definitions: TTFT is arrival to first token, E2E arrival to last token, TPOT
 (E2E − TTFT) ÷ (output tokens − 1) of one request, TBT every gap between two tokens of one request.
 """
 

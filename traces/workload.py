@@ -12,6 +12,8 @@ from specs.errors import InputError
 
 MAX_TOKENS = 2**31 - 1
 """Largest prompt or output of one request: lengths are int32."""
+MAX_TIME_S = 1e9
+"""Latest arrival, 30 years: a double then still tells 0.1 µs apart."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -171,6 +173,12 @@ def _arrivals(values: ArrayLike, n: int) -> NDArray[np.float64]:
         index = int(np.argmax(wrong))
         raise InputError(
             f"workload: arrival_s of request {index} must be finite and not negative, not {column[index]}"
+        )
+    if n and column.max() > MAX_TIME_S:
+        index = int(np.argmax(column > MAX_TIME_S))
+        raise InputError(
+            f"workload: arrival_s of request {index} is {column[index]:.3g}; beyond {MAX_TIME_S:.0e} s "
+            "times are too coarse to tell iterations apart"
         )
     back = np.diff(column) < 0.0
     if back.any():

@@ -37,7 +37,7 @@ SYSTEMS = {  # our device -> folder of the package
 }
 HEAD_DIMS = (64, 128)
 MAX_FILE_BYTES = 256 << 20
-_INSTALL = "`pip install convoy-sim[nvidia-data]` brings it"
+_INSTALL = "in Convoy's folder, pip install -e '.[nvidia-data]' brings it"
 _DTYPES = {"bf16": "bfloat16", "fp8": "fp8"}
 
 Columns = dict[str, Any]  # numpy arrays by the package's column names

@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> Done:
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
-        raise InputError("profile: needs torch; install convoy-sim[runtime]") from None
+        raise InputError("profile: needs torch; in Convoy's folder: pip install -e '.[runtime]'") from None
     if options.check is not None:
         return Done(0 if check(options.check, device=options.device, threads=options.threads) else 1)
     if options.model is None:

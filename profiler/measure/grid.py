@@ -250,7 +250,7 @@ class Grid:
     # -- ranges -----------------------------------------------------------------------------------------
 
     def _anchors(self) -> list[Point]:
-        """Chunks behind a million tokens, on the shard of the highest degree: MEDHA.md's P1."""
+        """Chunks behind a million tokens on the smallest shard, as in figure 3b of arXiv 2409.17264."""
         heads, kv_heads, _ = self._shard_sizes(max(self.limits.tps))
         context = min(1 << 20, self.limits.context_tokens)
         chunks = (32, 2048, 64, 128, 256, 512, 1024, 4096)
