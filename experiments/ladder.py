@@ -1,4 +1,4 @@
-"""The validation ladder (DESIGN.md section 7): how far the simulator is from a live run, rung by rung.
+"""The validation ladder: how far the simulator is from a live run, rung by rung.
 
     operator    a kernel's time, held out of the fit that predicts it
     iteration   a batch's time, as measured live, against the prediction for exactly that batch
@@ -20,52 +20,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from experiments.batch_times import batch_shapes
 from experiments.build import Experiment
 from experiments.config import QuantileTolerance, RequestTolerance
 from experiments.live_records import LiveRun
-from policies.batch import Load
-from policies.sharding import Sharding, SlowestGroup
-from profiler.iteration import IterationModel
 from profiler.kernels import Wanted, find_profile
 from profiler.predictor import load_predictor
 from profiler.tables import read_profile
-from traces.slices import Slice
-from traces.workload import Workload
 
 FloatArray = NDArray[np.float64]
 
 METRICS = ("ttft_s", "tpot_s", "tbt_s", "e2e_s")
 STATISTICS = ("mean", "p50", "p90", "p99")
-KINDS = ("decode", "mixed", "prefill")
-_ROUNDING_S = 1e-9  # a time below it is none
-
-# -- errors ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class ErrorSummary:
-    """Relative errors predicted ÷ measured − 1 of ``count`` samples: the median and the 90th percentile of
-    their sizes, and ``bias``, Σ predicted ÷ Σ measured − 1."""
-
-    count: int
-    p50: float
-    p90: float
-    bias: float
-
-    @staticmethod
-    def of(predicted_s: FloatArray, measured_s: FloatArray) -> ErrorSummary | None:
-        """None without a sample that took time."""
-        took = measured_s > _ROUNDING_S
-        predicted_s, measured_s = predicted_s[took], measured_s[took]
-        if len(measured_s) == 0:
-            return None
-        size = np.abs(predicted_s / measured_s - 1.0)
-        p50, p90 = np.quantile(size, [0.5, 0.9]).tolist()
-        return ErrorSummary(len(size), p50, p90, float(predicted_s.sum() / measured_s.sum()) - 1.0)
-
-    def within(self, tolerance: QuantileTolerance) -> bool:
-        return self.p50 <= tolerance.p50 and self.p90 <= tolerance.p90
-
+_EXPLAINED = 60  # batches that are predicted operator by operator
 
 # -- operators ------------------------------------------------------------------------------------------
 
@@ -73,19 +40,21 @@ class ErrorSummary:
 @dataclass(frozen=True, slots=True)
 class OperatorErrors:
     """Held-out errors predicted ÷ measured − 1 of one operator, as its predictor stores them: the median, and
-    the range in which nine in ten rows lie."""
+    the range in which nine in ten rows lie; and its ``share`` of the time predicted for what was served."""
 
     operator: str
     median: float
     low: float
     high: float
+    share: float
 
     def within(self, tolerance: QuantileTolerance) -> bool:
         return abs(self.median) <= tolerance.p50 and max(-self.low, self.high) <= tolerance.p90
 
 
-def operator_errors(experiment: Experiment) -> list[OperatorErrors]:
-    """Of the operators that the experiment's predictor learned from a table; none for a roofline."""
+def operator_errors(experiment: Experiment, run: LiveRun) -> list[OperatorErrors]:
+    """Of the operators that the experiment's predictor learned from a table and that ``run`` needs, the
+    largest share first; none for a roofline."""
     config = experiment.config
     if config.predictor.profile is not None:
         profile = read_profile(Path(config.predictor.profile))
@@ -98,118 +67,29 @@ def operator_errors(experiment: Experiment) -> list[OperatorErrors]:
             return []
         profile = found
     dtypes = {config.dtype.weight, config.dtype.kv}
+    shares = _shares(experiment, run)
     result = []
     for key, (p05, p50, p95) in load_predictor(profile, experiment.device).residuals.items():
         operator, _, dtype = key.rpartition("_")
-        if dtype in dtypes:  # stored is log(measured ÷ predicted), so that high and low change places
-            result.append(OperatorErrors(operator, *(math.exp(-value) - 1.0 for value in (p50, p95, p05))))
-    return result
+        if dtype in dtypes and operator in shares:
+            # Stored is log(measured ÷ predicted), so that high and low change places.
+            low, median, high = (math.exp(-value) - 1.0 for value in (p95, p50, p05))
+            result.append(OperatorErrors(operator, median, low, high, shares[operator]))
+    return sorted(result, key=lambda each: -each.share)
 
 
-# -- iterations -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class IterationErrors:
-    """Errors of batch times by kind of batch, over all batches of all stages, and in all of them together."""
-
-    by_kind: Mapping[str, ErrorSummary]
-    total: ErrorSummary | None
-
-
-@dataclass(frozen=True, slots=True)
-class BatchTimes:
-    """One entry for each executed batch and stage: what was predicted, what was measured, the kind of batch
-    as a place in ``KINDS``."""
-
-    predicted_s: FloatArray
-    measured_s: FloatArray
-    kind: NDArray[np.int64]
-
-    def errors(self) -> IterationErrors:
-        by_kind = {}
-        for place, name in enumerate(KINDS):
-            mine = self.kind == place
-            found = ErrorSummary.of(self.predicted_s[mine], self.measured_s[mine])
-            if found is not None:
-                by_kind[name] = found
-        return IterationErrors(by_kind, ErrorSummary.of(self.predicted_s, self.measured_s))
-
-    @staticmethod
-    def joined(parts: Sequence[BatchTimes]) -> BatchTimes:
-        return BatchTimes(
-            *(np.concatenate([getattr(part, name) for part in parts]) for name in BatchTimes.__slots__)
-        )
-
-
-def batch_times(run: LiveRun, workload: Workload, cost: IterationModel, sharding: Sharding) -> BatchTimes:
-    """Predictions for the batches of a live run beside the times they took, stage by stage.
-
-    They are made from what the batches held alone, so they don't depend on decisions being the same today.
-    """
-    prompts = workload.prompt_tokens.astype(np.int64)
-    yields = run.slices.yields_token(prompts).tolist()
-    prompt_tokens: list[int] = prompts.tolist()
-    stages_s: list[list[float]] = []
-    kinds: list[int] = []
-    place = 0
-    for batch in run.slices.of_batches():
-        predicted = _PredictedBatch(cost, sharding)
-        for each in batch:
-            request_id, tokens, context, _ = each
-            if tokens == 1 and context >= prompt_tokens[request_id] and yields[place]:
-                predicted.add_decode(each)
-            else:
-                predicted.add_chunk(each, yields[place])
-            place += 1
-        stages_s.append(predicted.stages_s())
-        kinds.append(0 if predicted.decodes == len(batch) else 1 if predicted.decodes else 2)
-    batches = run.records.batches
-    at = batches["batch"]
-    return BatchTimes(
-        predicted_s=np.array(stages_s)[at, batches["stage"]],
-        measured_s=batches["end_s"] - batches["start_s"],
-        kind=np.array(kinds, dtype=np.int64)[at],
-    )
-
-
-class _PredictedBatch:
-    """What each KVP group executes of a batch, counted as the scheduler counts it."""
-
-    def __init__(self, cost: IterationModel, sharding: Sharding) -> None:
-        self._cost, self._sharding = cost, sharding
-        self._slowest = SlowestGroup(cost, sharding)
-        self._loads = [Load() for _ in range(sharding.groups)]
-        self._together: list[list[int]] = [[] for _ in self._loads]  # shards of each decode with several
-        self.decodes = 0
-
-    def add_chunk(self, chunk: Slice, yields_token: bool) -> None:
-        _, tokens, context, home = chunk
-        for shard, attention_s in enumerate(self._slowest.by_shard_s(tokens, context)):
-            load = self._loads[self._sharding.group(home, shard)]
-            load.count_chunk(tokens, yields_token and shard == 0, attention_s)
-
-    def add_decode(self, decode: Slice) -> None:
-        _, _, context, home = decode
-        self.decodes += 1
-        shards = self._sharding.shards(context + 1)
-        for shard in range(shards):
-            group = self._sharding.group(home, shard)
-            self._loads[group].count_decodes(1, shard == 0, self._sharding.stored(context, shard), 0.0)
-            if shards > 1:
-                self._together[group].append(shards)
-
-    def stages_s(self) -> list[float]:
-        """Seconds of each stage: as long as in its slowest group."""
-        times_s = []
-        for load, shards_of in zip(self._loads, self._together, strict=True):
-            if load.requests == 0:
-                continue
-            attention_s = load.attention_s + self._slowest.merge_decodes_s(shards_of)
-            if load.num_decodes:
-                attention_s += self._cost.decode_attention_s(load.num_decodes, load.decode_context)
-            times_s.append(self._cost.stage_times_s(load.tokens, load.rows, load.requests, attention_s))
-        return [max(stage) for stage in zip(*times_s, strict=True)]
+def _shares(experiment: Experiment, run: LiveRun) -> dict[str, float]:
+    """Each measured operator's share of the time predicted for some of the batches, evenly chosen."""
+    shapes = batch_shapes(run, experiment.workload)
+    times_s: dict[str, float] = {}
+    for place in np.unique(np.linspace(0, len(shapes) - 1, _EXPLAINED).astype(np.int64)).tolist():
+        shape = shapes[place]
+        chunks = [(tokens, context) for _, tokens, context, _ in shape.chunks]
+        decode_context = sum(context for _, _, context, _ in shape.decodes)
+        for row in experiment.iteration.explain(chunks, len(shape.decodes), decode_context):
+            times_s[row.kernel] = times_s.get(row.kernel, 0.0) + row.time_s
+    total_s = sum(times_s.values())
+    return {kernel: time_s / total_s for kernel, time_s in times_s.items() if time_s > 0.0}
 
 
 # -- requests -------------------------------------------------------------------------------------------

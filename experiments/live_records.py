@@ -22,7 +22,7 @@ from sim.replayed import RecordedRun
 from specs.errors import InputError
 from traces.records import RunRecords, Work, write_batches_csv
 from traces.slices import Slices, write_slices_csv
-from traces.stored import read_batches_csv, read_requests_csv, read_slices_csv
+from traces.stored import read_batches_csv, read_host_csv, read_requests_csv, read_slices_csv
 
 FORMAT = 1
 _FACTS, _SLICES, _HOST = "live.json", "slices.csv.gz", "host.csv"
@@ -39,7 +39,7 @@ class LiveRun:
     Attributes:
         records: its requests and batches.
         slices: what its batches held.
-        host: columns of ``runtime.engine.HOST_COLUMNS``; empty if it was read from disk.
+        host: columns of ``traces.records.HOST_COLUMNS``, an entry for each of ``records.batches``.
         cost: fingerprint of the cost model that its decisions were made with; empty if it was made here.
     """
 
@@ -73,7 +73,7 @@ def write_live_records(folder: Path, run: LiveRun, experiment: Experiment, runti
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(run.host)
         columns = [
-            [f"{value:.9f}" if name.endswith("_s") else str(int(value)) for value in column.tolist()]
+            [repr(value) if name.endswith("_s") else str(int(value)) for value in column.tolist()]
             for name, column in run.host.items()
         ]
         writer.writerows(zip(*columns, strict=True))
@@ -138,9 +138,11 @@ def read_live_run(folder: Path, experiment: Experiment, where: str) -> LiveRun:
         raise InputError(f"{folder}: the live run was interrupted, so there is nothing whole to compare with")
     requests = read_requests_csv(folder / "requests.csv", names)
     batches = read_batches_csv(folder / "batches.csv")
-    slices = read_slices_csv(folder / _SLICES)
+    slices, host = read_slices_csv(folder / _SLICES), read_host_csv(folder / _HOST)
     _check_requests(folder, requests, experiment)
     _check_batches(folder, batches, slices, experiment)
+    if any(not np.array_equal(host[name], batches[name]) for name in ("batch", "stage")):
+        raise InputError(f"{folder / _HOST}: batch and stage must be those of batches.csv, row by row")
     records = RunRecords(
         requests=requests,
         batches=batches,
@@ -153,7 +155,7 @@ def read_live_run(folder: Path, experiment: Experiment, where: str) -> LiveRun:
         work=Work(iterations=int(np.count_nonzero(batches["stage"] == 0))),
         wall_s=facts["wall_s"],
     )
-    run = LiveRun(records, slices, cost=facts["cost"])
+    run = LiveRun(records, slices, host, cost=facts["cost"])
     records.gaps = slices.gaps(experiment.workload.prompt_tokens.astype(np.int64), run.batch_end_s())
     return run
 

@@ -6,17 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from experiments.batch_times import BatchTimes, IterationErrors, batch_times
 from experiments.build import Experiment
 from experiments.config import ValidateConfig
-from experiments.ladder import (
-    BatchTimes,
-    Comparison,
-    IterationErrors,
-    OperatorErrors,
-    batch_times,
-    compare_requests,
-    operator_errors,
-)
+from experiments.ladder import Comparison, OperatorErrors, compare_requests, operator_errors
 from experiments.live import summarize_live
 from experiments.live_records import LiveRun, fingerprint
 from experiments.text import percent
@@ -25,6 +18,7 @@ from sim.replayed import Parity, replay
 Status = Literal["holds", "broken", "unknown"]
 
 DECIDING = ("decisions", "request")
+_COUNTS = 0.05  # share of the predicted time from which an operator's errors count
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +39,7 @@ class Ladder:
         iterations: of the batches of all live runs together.
         parities: of each live run.
         comparisons: the table of the requests.
+        tolerance: what the rungs were judged by.
     """
 
     rungs: Sequence[Rung]
@@ -52,6 +47,7 @@ class Ladder:
     iterations: IterationErrors
     parities: Sequence[Parity]
     comparisons: Sequence[Comparison]
+    tolerance: ValidateConfig
 
     @property
     def passes(self) -> bool:
@@ -59,16 +55,35 @@ class Ladder:
         return all(rung.status != "broken" for rung in self.rungs if rung.name in DECIDING)
 
     @property
-    def lowest_broken(self) -> Rung | None:
-        """The rung to blame, if one is."""
-        return next((rung for rung in self.rungs if rung.status == "broken"), None)
+    def blamed(self) -> Rung | None:
+        """The rung to look at if the validation fails, else None.
+
+        Decisions that differ need no other reason. Requests are wrong because iterations are, unless those
+        hold; and iterations because operators are, unless the time in the layers and the LM head is right.
+        """
+        operator, iteration, decisions, request = self.rungs
+        if decisions.status == "broken":
+            return decisions
+        if request.status != "broken":
+            return None
+        if iteration.status != "broken":
+            return request
+        return operator if operator.status == "broken" and self._kernels_are_off() else iteration
+
+    def _kernels_are_off(self) -> bool:
+        """Whether kernels take another time, all batches together, than is predicted; yes if unknown."""
+        if not self.iterations.by_part:
+            return True
+        (layers_s, live_layers_s), (head_s, live_head_s), _ = self.iterations.by_part.values()
+        measured_s = live_layers_s + live_head_s
+        return abs(layers_s + head_s - measured_s) > self.tolerance.iteration.p50 * measured_s
 
 
 def climb(experiment: Experiment, simulated: dict[str, Any], runs: Sequence[LiveRun]) -> Ladder:
     """Judge a simulation, given by its summary, by the live runs of the same experiment."""
     tolerance = experiment.config.validation
     workload, setup = experiment.workload, experiment.setup
-    operators = operator_errors(experiment)
+    operators = operator_errors(experiment, runs[0])
     parts = [batch_times(run, workload, experiment.iteration, setup.sharding) for run in runs]
     iterations = BatchTimes.joined(parts).errors()
     parities = [replay(workload, with_capacity_of(run, experiment).setup, run.times()) for run in runs]
@@ -82,7 +97,7 @@ def climb(experiment: Experiment, simulated: dict[str, Any], runs: Sequence[Live
         _decision_rung(parities, same_cost),
         _request_rung(comparisons),
     )
-    return Ladder(rungs, operators, iterations, parities, comparisons)
+    return Ladder(rungs, operators, iterations, parities, comparisons, tolerance)
 
 
 def with_capacity_of(run: LiveRun, experiment: Experiment) -> Experiment:
@@ -92,18 +107,19 @@ def with_capacity_of(run: LiveRun, experiment: Experiment) -> Experiment:
 
 
 def _operator_rung(operators: Sequence[OperatorErrors], tolerance: ValidateConfig) -> Rung:
-    if not operators:
+    counting = [each for each in operators if each.share >= _COUNTS]
+    if not counting:
         return Rung("operator", "unknown", "the predictor was not fitted to measurements")
-    outside = [each for each in operators if not each.within(tolerance.operator)]
+    outside = [each for each in counting if not each.within(tolerance.operator)]
     if not outside:
-        worst = max(operators, key=lambda each: max(-each.low, each.high))
+        worst = max(counting, key=lambda each: max(-each.low, each.high))
         return Rung("operator", "holds", f"worst is {_operator_text(worst)}")
     return Rung("operator", "broken", "; ".join(_operator_text(each) for each in outside))
 
 
 def _operator_text(each: OperatorErrors) -> str:
     spread = f"nine in ten within {signed(each.low)} … {signed(each.high)}"
-    return f"{each.operator}: {signed(each.median)}, {spread}"
+    return f"{each.operator} ({percent(each.share)} of the time): {signed(each.median)}, {spread}"
 
 
 def _iteration_rung(iterations: IterationErrors, tolerance: ValidateConfig) -> Rung:
@@ -112,6 +128,12 @@ def _iteration_rung(iterations: IterationErrors, tolerance: ValidateConfig) -> R
         return Rung("iteration", "unknown", "no batch took time")
     status: Status = "holds" if total.within(tolerance.iteration) else "broken"
     text = f"median error {percent(total.p50)}, p90 {percent(total.p90)}, bias {signed(total.bias)}"
+    parts = ", ".join(
+        f"{name} {signed(predicted_s / measured_s - 1.0)}"
+        for name, (predicted_s, measured_s) in iterations.by_part.items()
+        if measured_s > 0.0
+    )
+    text += f" ({parts})" if parts else ""
     return Rung("iteration", status, f"{text}, over {total.count:,} batches")
 
 

@@ -107,9 +107,9 @@ def verdict_data(outcome: Outcome) -> dict[str, Any]:
         data["failure"] = outcome.failure
     ladder = outcome.ladder
     if ladder is not None:
-        blamed = ladder.lowest_broken
+        blamed = ladder.blamed
         data |= {
-            "lowest_broken_rung": None if blamed is None else blamed.name,
+            "blamed_rung": None if blamed is None else blamed.name,
             "rungs": [asdict(rung) for rung in ladder.rungs],
             "requests": [asdict(each) | {"passes": each.passes} for each in ladder.comparisons],
             "iterations": asdict(ladder.iterations),

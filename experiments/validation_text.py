@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.ladder import Comparison, ErrorSummary
+from experiments.batch_times import ErrorSummary
+from experiments.ladder import Comparison
 from experiments.live import describe_runtime
 from experiments.rungs import Ladder, signed
 from experiments.tables import print_table
@@ -50,7 +51,7 @@ def print_outcomes(outcomes: Sequence[Outcome], asked: int, folder: Path) -> Non
 
 
 def verdict(outcome: Outcome) -> str:
-    """One sentence; of a validation that fails, it names the lowest rung that is broken."""
+    """One sentence; of a validation that fails, it names the rung to look at."""
     if outcome.failure is not None:
         return f"no verdict: {outcome.failure}"
     ladder = outcome.ladder
@@ -61,13 +62,10 @@ def verdict(outcome: Outcome) -> str:
 
 
 def _of_ladder(ladder: Ladder) -> str:
-    blamed = ladder.lowest_broken
-    if ladder.passes:
-        if blamed is None:
-            return "within tolerance on every rung"
-        return f"within tolerance; yet the {blamed.name} rung is outside its own ({blamed.text})"
-    assert blamed is not None
     broken = ", ".join(rung.name for rung in ladder.rungs if rung.status == "broken")
+    blamed = ladder.blamed
+    if blamed is None:
+        return f"within tolerance; below, {broken} is outside its own" if broken else "within tolerance"
     return f"outside tolerance ({broken}); the rung to look at is {blamed.name}: {blamed.text}"
 
 
@@ -99,6 +97,6 @@ def _line(outcome: Outcome) -> tuple[str, ...]:
             each = errors.get((metric, statistic))
             cells.append("" if each is None else signed(each.error) + ("" if each.passes else " !"))
     total = ladder.iterations.total
-    blamed = ladder.lowest_broken
+    blamed = ladder.blamed
     word = "holds" if outcome.passes else f"outside: {blamed.name}" if blamed is not None else "interrupted"
     return outcome.name, *cells, "" if total is None else signed(total.bias), word

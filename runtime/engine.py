@@ -30,14 +30,13 @@ from runtime.launcher import start_executor
 from runtime.plan import Plan, Slice
 from runtime.runner import RunnerSpec
 from runtime.sequences import Prompts, Sequence, make_plan
-from traces.records import Recorder, RunRecords
+from traces.records import HOST_COLUMNS, Recorder, RunRecords
 from traces.synthesis import ClosedLoop
 from traces.workload import Workload
 
 Progress = Callable[[float, int], None]
 """Called now and then with the time in seconds and the number of finished requests."""
 
-HOST_COLUMNS = ("batch", "stage", "schedule_s", "launch_s", "execute_s", "sample_s")
 _SPIN_S = 1e-3  # the last millisecond before an arrival is waited for awake: sleeping isn't that precise
 _PROGRESS_EVERY = 16  # batches
 
@@ -73,8 +72,7 @@ class LiveRecords(RunRecords):
     """The records of a live run.
 
     Attributes:
-        host: columns of ``HOST_COLUMNS``, one entry for each batch and stage: seconds the host took to
-            decide on the batch (first stage only), to prepare it, to execute the layers and to sample.
+        host: columns of ``HOST_COLUMNS``, one entry for each batch and stage, as in ``batches``.
         outputs: the tokens of each finished request.
     """
 
@@ -305,7 +303,9 @@ class Engine:
         return LiveRecords(**shared, host=host, outputs=self._outputs)
 
     def _warm_up(self) -> None:
-        """Execute a small request, so that connections, workspaces and kernels are there."""
+        """Execute a small request, so that connections, workspaces and kernels are there, and look up the
+        prefill work of the longest prompt: the first decision would otherwise walk all of it."""
+        self.scheduler.work.work_s(int(self._workload.prompt_tokens.max(initial=0)))
         tokens = min(32, self.setup.scheduler.block_tokens * self.scheduler.kv.capacity_blocks - 1)
         for start, count in ((0, tokens), (tokens, 1)):
             slices = [Slice(-1, start, count, tokens + 1, True)]

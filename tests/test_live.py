@@ -110,7 +110,10 @@ def test_what_is_recomputed_after_a_preemption_yields_no_token() -> None:
 
 CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"parallel": {"replicas": 2}}, "parallel.replicas: the live runtime serves one replica, not 2"),
-    ({"dtype": {"weight": "bf16", "kv": "fp8"}}, "dtype: the live runtime computes and caches in one format"),
+    (
+        {"dtype": {"weight": "fp32", "kv": "bf16"}},
+        "dtype: the live runtime computes and caches in one",
+    ),
     ({"live": {"weights": "nowhere"}}, "live.weights: no such file: 'nowhere'"),
     ({"live": {"device": "cuda"}}, "device: 'cuda' is not here"),
     ({"live": {"attention": "flash-attn-9"}}, "attention 'flash-attn-9' doesn't work on this cpu"),
@@ -151,7 +154,7 @@ def test_without_torch_it_says_how_to_get_it(
     monkeypatch.setitem(sys.modules, "torch", None)
     path = write(tmp_path)
     assert main(["live", str(path), "--out", str(tmp_path / "out")]) == 2
-    assert "pip install 'convoy-sim[runtime]'" in capsys.readouterr().err
+    assert "pip install -e '.[runtime]'" in capsys.readouterr().err
 
 
 def test_ctrl_c_keeps_what_finished(tmp_path: Path) -> None:

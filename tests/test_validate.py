@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import yaml
 
+from experiments.batch_times import ErrorSummary, batch_times
 from experiments.build import Experiment, build
 from experiments.cases import load_cases
 from experiments.cli import main
 from experiments.config import RequestTolerance
-from experiments.ladder import ErrorSummary, batch_times, compare_requests
+from experiments.ladder import compare_requests
 from experiments.live_records import LiveRun
 from experiments.load import load_config
 from policies.batch import Batch
@@ -286,7 +287,7 @@ def test_outside_tolerance_is_exit_1_and_names_the_lowest_rung(
 def test_decisions_under_another_predictor_are_unknown_and_not_blamed(
     validated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    slower = {"source": "roofline", "host": {"base_s": 0.004}}
+    slower = {"source": "roofline", "host": {"base_s": 0.0185}}
     path = write(tmp_path, {"predictor": slower, "validate": {"request": LOOSE}})
     assert run(path, "--replay", str(validated)) == 0
     assert "recorded under another cost model than today's" in capsys.readouterr().out

@@ -51,6 +51,9 @@ BATCH_COLUMNS = (
     "waiting",
     "kv_used_blocks",
 )
+HOST_COLUMNS = ("batch", "stage", "schedule_s", "launch_s", "execute_s", "sample_s")
+"""Of a live run: seconds the host took, for each batch and stage, to decide on the batch (first stage only),
+to prepare it, to execute the layers and to sample."""
 _BATCH_TIMES = ("start_s", "end_s")
 
 

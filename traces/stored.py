@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from specs.errors import InputError
 from traces._files import line_blocks
-from traces.records import BATCH_COLUMNS, REQUEST_COLUMNS, STATUSES
+from traces.records import BATCH_COLUMNS, HOST_COLUMNS, REQUEST_COLUMNS, STATUSES
 from traces.slices import SLICE_COLUMNS, Slices
 
 MAX_ROWS = 20_000_000
@@ -65,6 +65,16 @@ def read_batches_csv(path: Path) -> Columns:
     if backwards.any():
         raise InputError(f"{path}: row at line {int(np.argmax(backwards)) + 2}: end_s is before start_s")
     return columns
+
+
+def read_host_csv(path: Path) -> Columns:
+    """The columns of ``HOST_COLUMNS`` of a live run.
+
+    Raises:
+        InputError: as for :func:`read_requests_csv`.
+    """
+    kinds = {name: _moment if name.endswith("_s") else _count for name in HOST_COLUMNS}
+    return _read(path, HOST_COLUMNS, kinds)
 
 
 def read_slices_csv(path: Path) -> Slices:
