@@ -77,6 +77,7 @@ def _run(options: argparse.Namespace) -> int:
             plots=not options.no_plots,
             force=options.force,
             quiet=options.quiet,
+            intervals=options.intervals,
         )
     )
 
@@ -114,6 +115,21 @@ def _validate(options: argparse.Namespace) -> int:
     )
 
 
+def _sweep(options: argparse.Namespace) -> int:
+    from experiments.sweep import SweepOptions, sweep
+
+    return sweep(
+        SweepOptions(
+            config=Path(options.config),
+            overrides=options.set,
+            out=options.out,
+            jobs=options.jobs,
+            backend=options.backend,
+            quiet=options.quiet,
+        )
+    )
+
+
 def _predict(options: argparse.Namespace) -> int:
     from experiments.predict import PredictOptions, predict
 
@@ -124,6 +140,7 @@ def _predict(options: argparse.Namespace) -> int:
             source=options.source,
             weight_dtype=options.weight_dtype,
             kv_dtype=options.kv_dtype,
+            profile=None if options.profile is None else Path(options.profile),
             tp=options.tp,
             spp=options.spp,
             kvp=options.kvp,
@@ -135,10 +152,19 @@ def _predict(options: argparse.Namespace) -> int:
     )
 
 
+def _profile(options: argparse.Namespace) -> int:
+    from experiments.profiles import profile_device
+
+    return profile_device(options)
+
+
 def _train(options: argparse.Namespace) -> int:
     from experiments.profiles import train_profile
 
-    return train_profile(Path(options.profile), None if options.out is None else Path(options.out))
+    out = None if options.out is None else Path(options.out)
+    return train_profile(
+        Path(options.profile), out, compare=not options.no_compare, plot=not options.no_plots
+    )
 
 
 def _import(options: argparse.Namespace) -> int:
@@ -179,7 +205,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands.add_parser("run", help="simulate a configuration"))
     _add_live(commands.add_parser("live", help="serve a configuration on the live runtime"))
     _add_validate(commands.add_parser("validate", help="compare a simulation with live runs, rung by rung"))
+    _add_sweep(commands.add_parser("sweep", help="simulate a grid of configurations, resumable"))
     _add_predict(commands.add_parser("predict", help="predict one iteration, operator by operator"))
+    _add_profile(commands.add_parser("profile", help="measure kernel times on the device that is here"))
     _add_train(commands.add_parser("train", help="fit predictors to a profile, show held-out errors"))
     _add_import(commands.add_parser("import", help="turn published kernel times into a profile"))
     _add_traces(commands.add_parser("traces", help="describe or convert a trace of requests"))
@@ -205,7 +233,14 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     _add_common(parser)
     parser.add_argument("--batches", action="store_true", help="write batches.csv as well")
     parser.add_argument(
-        "--step-by-step", action="store_true", help="take every decode step as an event: slower, same result"
+        "--step-by-step",
+        action="store_true",
+        help="take every decode step as an event: slower, the same up to rounding",
+    )
+    parser.add_argument(
+        "--intervals",
+        action="store_true",
+        help="replay with kernel times as far off as they may be: intervals of TTFT and TPOT",
     )
     parser.set_defaults(run=_run)
 
@@ -237,6 +272,24 @@ def _add_validate(parser: argparse.ArgumentParser) -> None:
         "--replay", metavar="DIR", help="live runs that are on disk already: run nothing, compare with them"
     )
     parser.set_defaults(run=_validate)
+
+
+def _add_sweep(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Simulates every combination of the values under `sweep` and writes results.csv and results.parquet, "
+        "one row each. What has finished is kept: started again on the same folder, only the rest is done."
+    )
+    parser.add_argument("config", metavar="CONFIG.yaml")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY.PATH=VALUE", help=f"change a key: {_CONFIG_HELP}"
+    )
+    parser.add_argument("--out", metavar="DIR", help="where results go, or are; default out/NAME.sweep")
+    parser.add_argument("--jobs", type=_count, metavar="N", help="processes; default one for each core")
+    parser.add_argument(
+        "--backend", choices=("loky", "ray"), default="loky", help="on this machine, or on a Ray cluster"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress, no table")
+    parser.set_defaults(run=_sweep)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -271,15 +324,30 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
         "--context", type=_tokens, default=0, metavar="N", help="tokens in the KV cache of each"
     )
     parser.add_argument("--source", choices=("auto", "measured", "imported", "roofline"), default="auto")
-    parser.add_argument("--weight-dtype", choices=("bf16", "fp8"), default="bf16")
-    parser.add_argument("--kv-dtype", choices=("bf16", "fp8"), default="bf16")
+    usual = "default: fp32 on a CPU, bf16 elsewhere"
+    parser.add_argument("--weight-dtype", choices=("bf16", "fp8", "fp32"), help=usual)
+    parser.add_argument("--kv-dtype", choices=("bf16", "fp8", "fp32"), help=usual)
+    parser.add_argument("--profile", metavar="DIR", help="a profile of your own")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_predict)
 
 
+def _add_profile(parser: argparse.ArgumentParser) -> None:
+    from profiler.measure.arguments import add_arguments
+
+    add_arguments(parser)
+    parser.set_defaults(run=_profile)
+
+
 def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Fits the predictors of a profile and says how good they are on rows and sizes that they haven't "
+        "seen, beside other kinds of models."
+    )
     parser.add_argument("profile", metavar="PROFILE_DIR")
     parser.add_argument("--out", metavar="FILE", help="where the predictor goes; default: into the profile")
+    parser.add_argument("--no-compare", action="store_true", help="leave the other kinds of models out")
+    parser.add_argument("--no-plots", action="store_true", help="leave the plot out")
     parser.set_defaults(run=_train)
 
 

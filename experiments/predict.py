@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import hypot
+from pathlib import Path
 from typing import Any, Literal
 
 from experiments.tables import print_table
@@ -23,8 +26,9 @@ class PredictOptions:
     model: str
     device: str
     source: Literal["auto", "measured", "imported", "roofline"] = "auto"
-    weight_dtype: str = "bf16"
-    kv_dtype: str = "bf16"
+    weight_dtype: str | None = None
+    kv_dtype: str | None = None
+    profile: Path | None = None
     tp: int = 1
     spp: int = 1
     kvp: int = 1
@@ -46,7 +50,13 @@ def predict(options: PredictOptions) -> int:
     parallel = ParallelSpec(tp=options.tp, spp=options.spp, kvp=options.kvp)
     parallel.check(model, device)
     kernels = load_kernels(
-        device, options.source, weight_dtype=options.weight_dtype, kv_dtype=options.kv_dtype
+        device,
+        options.source,
+        weight_dtype=options.weight_dtype,
+        kv_dtype=options.kv_dtype,
+        profile=options.profile,
+        model=model,
+        tp=options.tp,
     )
     iteration = IterationModel(model, kernels, parallel)
     chunks = [(options.chunk, options.context)] if options.chunk else []
@@ -58,17 +68,56 @@ def predict(options: PredictOptions) -> int:
         kvp = f", KVP {options.kvp}" if options.kvp > 1 else ""
         title = f"{model.name} on {device.vendor_name}, TP {options.tp}, SPP {options.spp}{kvp}"
         _print_table(f"{title}: {_what(options)}", rows)
+        for note in prediction_notes(iteration):
+            print(note)
     return 0
 
 
+def prediction_notes(iteration: IterationModel) -> list[str]:
+    """What a reader of predicted times should know, one line each."""
+    notes = []
+    if iteration.host_is_unknown:
+        notes.append(
+            "No host overhead is modelled: scheduling, launching and collecting count as 0 s an iteration. "
+            "Set predictor.host, or measure it with `convoy profile`."
+        )
+    notes += [f"A measured profile was not used: {reason}." for reason in iteration.kernels.passed_over]
+    return notes
+
+
 def prediction(rows: Sequence[OperatorRow]) -> dict[str, Any]:
-    """The form that DESIGN.md section 9 fixes: totals and one entry an operator."""
+    """Totals and one entry an operator; ``low_s`` and ``high_s`` where errors of the predictors are known:
+    90 % of what was held out in training lay between."""
     found = {row.source for row in rows if row.time_s > 0}
     return {
         "total_s": sum(row.time_s for row in rows),
+        **total_interval(rows),
         "floor_s": sum(row.floor_s for row in rows),
         "source": "+".join(source for source in _SOURCES if source in found),
-        "operators": [asdict(row) for row in rows],
+        "operators": [
+            {key: value for key, value in asdict(row).items() if value is not None and value != ""}
+            for row in rows
+        ],
+    }
+
+
+def total_interval(rows: Sequence[OperatorRow]) -> dict[str, float]:
+    """The interval of the total: rows of one kernel are wrong together, different kernels independently.
+
+    Deviations add up within a kernel, their squares between kernels. Empty if no error is known.
+    """
+    below: defaultdict[str, float] = defaultdict(float)
+    above: defaultdict[str, float] = defaultdict(float)
+    for row in rows:
+        if row.low_s is not None and row.high_s is not None:
+            below[row.kernel] += row.time_s - row.low_s
+            above[row.kernel] += row.high_s - row.time_s
+    if not below:
+        return {}
+    total_s = sum(row.time_s for row in rows)
+    return {
+        "low_s": total_s - hypot(*(max(part, 0.0) for part in below.values())),
+        "high_s": total_s + hypot(*(max(part, 0.0) for part in above.values())),
     }
 
 
@@ -88,6 +137,7 @@ def _print_table(title: str, rows: Sequence[OperatorRow]) -> None:
             row.name,
             seconds(row.time_s),
             percent(row.time_s / total["total_s"]),
+            _interval(row.low_s, row.high_s),
             seconds(row.floor_s),
             row.source,
             "yes" if row.extrapolated else "",
@@ -95,7 +145,19 @@ def _print_table(title: str, rows: Sequence[OperatorRow]) -> None:
         for row in sorted(rows, key=lambda row: -row.time_s)
     ]
     lines.append(
-        ("iteration", seconds(total["total_s"]), "100 %", seconds(total["floor_s"]), total["source"], "")
+        (
+            "iteration",
+            seconds(total["total_s"]),
+            "100 %",
+            _interval(total.get("low_s"), total.get("high_s")),
+            seconds(total["floor_s"]),
+            total["source"],
+            "",
+        )
     )
-    header = ("operator", "time", "share", "floor", "source", "extrapolated")
-    print_table(header, lines, title=title, right=("time", "share", "floor"))
+    header = ("operator", "time", "share", "90 % within", "floor", "source", "extrapolated")
+    print_table(header, lines, title=title, right=("time", "share", "90 % within", "floor"))
+
+
+def _interval(low_s: float | None, high_s: float | None) -> str:
+    return "" if low_s is None or high_s is None else f"{seconds(low_s)} to {seconds(high_s)}"

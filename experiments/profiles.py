@@ -1,15 +1,40 @@
-"""``convoy train`` and ``convoy import``: from kernel times to predictors."""
+"""``convoy profile``, ``convoy train`` and ``convoy import``: from a device to predictors."""
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 
-def train_profile(folder: Path, out: Path | None) -> int:
-    """Fit the predictors of the profile in ``folder`` and print their held-out errors."""
+def profile_device(options: argparse.Namespace) -> int:
+    """Measure the device that is here and train predictors, or check a profile; returns the exit status.
+
+    Raises:
+        InputError: see :mod:`profiler.measure.arguments`.
+    """
+    from profiler.measure.arguments import run
+
+    done = run(options)
+    if done.profile is not None:
+        print()
+        train_profile(done.profile, None, compare=False, plot=False)
+        print(f"next: convoy train {done.profile}, for other kinds of models and a plot")
+    return done.status
+
+
+def train_profile(folder: Path, out: Path | None, *, compare: bool = True, plot: bool = True) -> int:
+    """Fit the predictors of the profile in ``folder`` and print their held-out errors; ``compare`` them with
+    other kinds of models; ``plot`` writes a picture beside the predictor."""
     from profiler.train import train
 
-    print(train(folder, out=out).table())
+    report = train(folder, out=out, compare=compare)
+    print(report.table())
+    if plot:
+        from experiments.predictor_plot import draw
+
+        path = report.predictor_path.with_suffix(".png")
+        draw(report, path)
+        print(f"plot: {path}")
     return 0
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from experiments.build import Experiment, build
 from experiments.facts import report_facts
+from experiments.intervals import check_intervals, interval_notes, latency_intervals
 from experiments.load import dump_yaml, load_config
 from experiments.output import choose_folder, writing
+from experiments.predict import prediction_notes
 from experiments.renderer import Renderer
 from experiments.series import plot_data
 from experiments.terminal import print_summary, progress_bar
@@ -35,6 +37,7 @@ class RunOptions:
     plots: bool = True
     force: bool = False
     quiet: bool = False
+    intervals: bool = False
 
 
 def run(options: RunOptions) -> int:
@@ -50,11 +53,18 @@ def run(options: RunOptions) -> int:
     folder = choose_folder(options.out, config.name, force=options.force)
     with Renderer(plots=options.plots) as renderer:
         experiment = build(config, where)
+        if options.intervals:
+            check_intervals(experiment, where)
         with progress_bar(experiment.workload, config.stop_s, quiet=options.quiet) as progress:
             records = simulate(
                 experiment.workload, experiment.setup, step_by_step=options.step_by_step, progress=progress
             )
         summary = summarize_run(records, experiment)
+        notes = prediction_notes(experiment.iteration)
+        if options.intervals and not records.interrupted:
+            summary["intervals"] = latency_intervals(experiment, summarize_run)
+            notes += interval_notes(summary["intervals"])
+        experiment = replace(experiment, notes=(*experiment.notes, *notes))
         with writing(folder, numbered=options.out is None) as (partial, final):
             renderer.start(
                 partial, summary, report_facts(records, experiment), plot_data(records, experiment.setup.slos)

@@ -206,6 +206,7 @@ class CpuDecodeAttention(Additive, OnDevice):
     operator = "decode_attention"
     columns: tuple[str, ...] = ("batch", "total_context", "heads", "kv_heads", "head_dim")
     growth_axis = 1
+    tiers = ("far_key_s",)
     family_axes: tuple[int, ...] = (3,)
 
     def __init__(self, device: DeviceSpec, dtype: str, cached_bytes: int = 0) -> None:
@@ -256,6 +257,7 @@ class CpuElementwise(Additive):
 
     growth_axis = 0
     family_axes: tuple[int, ...] = ()
+    tiers = ("shared_byte_s", "far_byte_s")
 
     def __init__(self, device: DeviceSpec, kind: str) -> None:
         self.operator = kind
@@ -308,6 +310,7 @@ class CpuCollective(Additive):
     than a cache holds."""
 
     growth_axis = 0
+    tiers = ("far_byte_s",)
 
     def __init__(self, device: DeviceSpec, kind: str) -> None:
         self.operator = kind

@@ -33,6 +33,7 @@ SMALL_TABLE = 2000
 FINER_LENGTH_SCALES = (0.8, 6.0)
 FINER_NOISES = (0.03, 0.1)
 REWEIGHTINGS = 30
+FEWEST_IN_TIER = 2  # rows without which nothing is learned about a tier
 
 Float32Array = NDArray[np.float32]
 
@@ -251,7 +252,8 @@ def _fit_rates(physics: Additive, shape: Shape, time_s: FloatArray) -> dict[str,
     from scipy.optimize import nnls
 
     terms = physics.terms(shape)
-    names = list(physics.parameters)
+    unknown = [name for name in physics.tiers if np.count_nonzero(terms[name]) < FEWEST_IN_TIER]
+    names = [name for name in physics.parameters if name not in unknown]
     design = np.stack([terms[name] for name in names], axis=1) / time_s[:, None]
     # In units of the largest value of each, so that their sizes don't matter to the solver.
     scale = np.maximum(design.max(axis=0), 1e-30)
@@ -262,7 +264,7 @@ def _fit_rates(physics: Additive, shape: Shape, time_s: FloatArray) -> dict[str,
         rates, _ = nnls(design * weight[:, None], weight)
         # The square root, since it is squared again; errors under 2 % are noise.
         weight = 1.0 / np.sqrt(np.maximum(np.abs(design @ rates - 1.0), 0.02))
-    return dict(zip(names, map(float, rates / scale), strict=True))
+    return {**dict.fromkeys(unknown, 0.0), **dict(zip(names, map(float, rates / scale), strict=True))}
 
 
 def _kernel(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.floating]:

@@ -119,7 +119,14 @@ class OnDevice(Physics):
 
 
 class Additive(Physics):
-    """An operator whose time is a sum of terms, each at a fitted rate: fitted by linear least squares."""
+    """An operator whose time is a sum of terms, each at a fitted rate: fitted by linear least squares.
+
+    Attributes:
+        tiers: parameters of what only large sizes have. A single row just beyond the border would fit them to
+            noise, and the line would go anywhere from there.
+    """
+
+    tiers: tuple[str, ...] = ()
 
     @abstractmethod
     def terms(self, shape: Shape) -> dict[str, FloatArray]:

@@ -39,6 +39,8 @@ from profiler.whole_layers import judge_host, judge_layers, judge_skewed, noise_
 from specs.devices import DeviceSpec, get_device
 from specs.errors import InputError
 
+FEWEST_ROWS = 5  # of a table that is learned from
+
 __all__ = ["Errors", "OperatorReport", "TrainReport", "train"]
 
 
@@ -78,6 +80,9 @@ def train(
         missing = ", ".join(sorted(set(tables) - set(known)))
         raise InputError(f"{profile_dir}: has no table {missing}; it has {', '.join(known)}")
     found = {info.key: _sample(read_table(profile, info), max_rows) for info in infos}
+    # A session that was cut short has too few points of some operators to learn from; those stay roofline.
+    few = [info for info in infos if len(found[info.key]) < max(folds, FEWEST_ROWS)]
+    infos = [info for info in infos if info not in few]
     modelled = [info for info in infos if info.operator in MODELLED]
     reports, models, residuals = [], {}, {}
     for info in modelled:
@@ -113,6 +118,7 @@ def train(
         predictor_path=path,
         saved=save,
         dropped=dropped,
+        untrained={info.key: info.rows for info in few},
     )
 
 

@@ -46,6 +46,7 @@ class TrainReport:
     predictor_path: Path
     saved: bool
     dropped: dict[str, int]  # rows that the importer left out, by reason
+    untrained: dict[str, int]  # rows of tables that are too small to learn from
 
     def table(self) -> str:
         """The errors as text, one line an operator, and what was left out."""
@@ -72,6 +73,7 @@ class TrainReport:
                     "the floor (inputs in L2); in the errors, not in the fit"
                 )
         lines += [f"not imported: {count} rows, {reason}" for reason, count in self.dropped.items()]
+        lines += [f"not trained: {key} has only {count} rows" for key, count in self.untrained.items()]
         lines.append(f"predictor: {self.predictor_path}" if self.saved else "predictor: not saved")
         return "\n".join(lines)
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from profiler.iteration import HostOverhead, IterationModel
-from profiler.kernels import Kernels, load_kernels
+from profiler.kernels import Kernels, RooflineKernels, load_kernels
+from profiler.overheads import LayerCorrection
 from specs import ParallelSpec, get_device, get_model
 
 LLAMA_8B, LLAMA_70B, H100 = get_model("llama-3-8b"), get_model("llama-3-70b"), get_device("h100-sxm")
@@ -140,3 +141,88 @@ def test_the_share_outside_the_measured_range_is_known() -> None:
     assert not cost.decode_is_extrapolated(8, 8 * 2048)
     assert cost.decode_is_extrapolated(8, 8 * 5_000_000)
     assert np.isfinite(cost.chunk_attention_s(512, 5_000_000))
+
+
+# -- what was measured with the kernels -------------------------------------------------------------------
+
+
+class Measured(RooflineKernels):
+    """The roofline as if it had been measured: with the host, whole layers and rotation angles."""
+
+    def __init__(self, *, includes_kv_write: bool = False, share: float = 0.1) -> None:
+        super().__init__(H100)
+        self.host = HostOverhead(2e-4, 3e-6, "measured")
+        self.layer = LayerCorrection(1e-6, share)
+        self.kinds = frozenset({"rope_angles"})
+        self.attention_includes_kv_write = includes_kv_write
+
+
+def names_and_seconds(model: IterationModel) -> dict[str, float]:
+    return {row.name: row.time_s for row in model.explain([(512, 1000)], 4, 4000)}
+
+
+def test_imported_attention_has_stored_the_keys_already() -> None:
+    """The published benchmarks of attention include the KV write: it isn't an operator of its own."""
+    imported = names_and_seconds(IterationModel(LLAMA_8B, kernels("imported"), ParallelSpec()))
+    roofline = names_and_seconds(IterationModel(LLAMA_8B, kernels("roofline"), ParallelSpec()))
+    assert "kv write" in roofline and "kv write" not in imported
+    assert set(roofline) - set(imported) == {"kv write"}
+    assert "kv write" not in names_and_seconds(
+        IterationModel(LLAMA_8B, Measured(includes_kv_write=True), ParallelSpec())
+    )
+
+
+def test_a_type_without_imported_attention_writes_its_keys() -> None:
+    # No table of fp8 attention on the A100: attention is roofline, and that has no KV write in it.
+    a100 = load_kernels(get_device("a100-80gb-sxm"), "imported", kv_dtype="fp8")
+    assert not a100.attention_includes_kv_write
+    assert load_kernels(get_device("a100-80gb-sxm"), "imported").attention_includes_kv_write
+
+
+def test_measured_host_time_is_used_unless_another_is_given() -> None:
+    measured = IterationModel(LLAMA_8B, Measured(), ParallelSpec())
+    row = {row.name: row for row in measured.explain([(512, 0)], 3, 300)}["host overhead"]
+    assert (row.time_s, row.source) == (pytest.approx(2e-4 + 4 * 3e-6), "measured")
+    assert not measured.host_is_unknown
+    given = IterationModel(LLAMA_8B, Measured(), ParallelSpec(), host=HostOverhead(1e-3))
+    assert names_and_seconds(given)["host overhead"] == pytest.approx(1e-3)
+    assert IterationModel(LLAMA_8B, kernels("roofline"), ParallelSpec()).host_is_unknown
+
+
+def test_whole_layers_take_what_was_measured_beyond_their_parts() -> None:
+    """A microsecond a layer and a tenth of the parts, attention included; interpolation sees the same."""
+    plain = IterationModel(LLAMA_8B, Measured(share=0.0), ParallelSpec())
+    more = IterationModel(LLAMA_8B, Measured(share=0.1), ParallelSpec())
+    rows = names_and_seconds(more)
+    outside = {"embedding", "rope angles", "final norm", "lm head", "sampling", "host overhead"}
+    parts_s = sum(s for name, s in rows.items() if name not in outside and name != "between operators")
+    assert rows["between operators"] == pytest.approx(32 * 1e-6 + 0.1 * parts_s)
+    assert rows["rope angles"] > 0
+    ratio = more.chunk_attention_s(512, 1000) / plain.chunk_attention_s(512, 1000)
+    assert ratio == pytest.approx(1.1) == more.decode_attention_s(4, 4000) / plain.decode_attention_s(4, 4000)
+    predicted = predicted_s(more, [(512, 1000)], 4, 4000)
+    assert predicted == pytest.approx(sum(rows.values()), rel=0.01)
+
+
+def test_a_perturbed_kernel_moves_its_own_rows_alone() -> None:
+    model = IterationModel(LLAMA_8B, kernels("imported"), ParallelSpec())
+    slower = model.perturbed({"gemm": 1.2, "not_there": 3.0})
+    before, after = names_and_seconds(model), names_and_seconds(slower)
+    for name in before:
+        factor = 1.2 if "projection" in name or name == "lm head" else 1.0
+        assert after[name] == pytest.approx(factor * before[name]), name
+    assert slower.chunk_attention_s(512, 0) == model.chunk_attention_s(512, 0)
+    # No factor takes a time below what physics allows.
+    impossible = model.perturbed({"gemm": 0.01}).explain([(512, 0)])
+    assert all(row.time_s >= row.floor_s for row in impossible)
+
+
+def test_rows_know_how_far_off_they_may_be() -> None:
+    rows = {
+        row.name: row
+        for row in IterationModel(LLAMA_8B, kernels("imported"), ParallelSpec()).explain([(512, 0)])
+    }
+    gemm = rows["qkv projection"]
+    assert gemm.kernel == "gemm" == rows["lm head"].kernel
+    assert gemm.low_s is not None and gemm.high_s is not None and gemm.low_s < gemm.time_s < gemm.high_s
+    assert rows["sampling"].low_s is None and rows["sampling"].kernel == ""

@@ -208,7 +208,7 @@ def test_shipped_profiles_are_listed() -> None:
     assert {profile.device for profile in profiles} >= set(DEVICES)
     for profile in profiles:
         info = profile_info(profile.path)
-        assert info["licence"] and "gemm_bf16" in info["tables"]
+        assert info["licence"] and "gemm_" in info["tables"]
 
 
 def test_start_up_is_quick() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -13,7 +14,15 @@ torch = pytest.importorskip("torch")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from runtime.attention import Backend, Extent, TorchCpu, choose_backend, merge  # noqa: E402
+from runtime.attention import (  # noqa: E402
+    Backend,
+    Extent,
+    FlashAttention2,
+    FlashAttention3,
+    TorchCpu,
+    choose_backend,
+    merge,
+)
 from specs.errors import InputError  # noqa: E402
 
 BACKENDS = [Backend(), TorchCpu()]
@@ -125,3 +134,81 @@ def test_bf16_partials_merge_within_bf16_of_float64():
     )
     assert out.dtype == torch.bfloat16
     np.testing.assert_allclose(out.float().numpy(), exact(q, k, v, 64)[0], atol=2e-2)
+
+
+# -- every back end against float64 -----------------------------------------------------------------------
+
+
+def check_against_float64(backend, device, dtype, tolerance, heads=(8, 2), head_dim=64):
+    """A chunk over all keys, a causal chunk, and decodes of different lengths: outputs and log-sum-exps."""
+    q, k, v = (x.to(dtype) for x in draw(7, 37, 150, *heads, head_dim=head_dim))
+    there = [x.to(device) for x in (q, k, v)]
+    extents = [Extent(10, 33), Extent(99, 1), Extent(0, 150), Extent(40, 64)]
+    cases = [
+        (backend.attend(*there, causal=False), exact(q, k, v, 150)),
+        (
+            backend.attend(there[0], there[1][:, :37], there[2][:, :37], causal=True),
+            exact(q, k[:, :37], v[:, :37], 0),
+        ),
+    ]
+    single = backend.decode(there[0][:4], there[1], there[2], extents)
+    rows = [
+        exact(q[i : i + 1], k[:, e.start : e.start + e.length], v[:, e.start : e.start + e.length], e.length)
+        for i, e in enumerate(extents)
+    ]
+    cases.append((single, tuple(np.concatenate(parts) for parts in zip(*rows, strict=True))))
+    for (out, lse), (wanted_out, wanted_lse) in cases:
+        np.testing.assert_allclose(out.double().cpu().numpy(), wanted_out, atol=tolerance)
+        np.testing.assert_allclose(lse.double().cpu().numpy(), wanted_lse, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("heads", [(8, 2), (4, 4), (8, 1)])
+def test_back_ends_of_the_cpu(backend, dtype, tolerance, heads):
+    check_against_float64(backend, "cpu", dtype, tolerance, heads)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["flash-attn-3", "flash-attn-2", "torch-flash-cuda", "reference"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_back_ends_of_a_gpu(name, head_dim):
+    try:
+        backend = choose_backend(torch.device("cuda"), torch.bfloat16, 8, 2, head_dim, name)
+    except InputError as error:
+        pytest.skip(str(error))
+    check_against_float64(backend, "cuda", torch.bfloat16, 2e-2, head_dim=head_dim)
+
+
+class FlashPackage:
+    """flash-attn's calling conventions, computed by the reference: token-major, log-sum-exps head-major."""
+
+    def __init__(self, returned):
+        self.returned = returned
+
+    def flash_attn_func(self, q, k, v, *, causal, return_attn_probs):
+        assert return_attn_probs and q.shape[0] == k.shape[0] == 1
+        out, lse = Backend().attend(q[0], k[0].transpose(0, 1), v[0].transpose(0, 1), causal=causal)
+        return (out[None], lse.transpose(0, 1)[None], None)[: self.returned]
+
+    def flash_attn_varlen_func(self, q, k, v, rows, starts, most, longest, *, seqused_k, return_attn_probs):
+        assert most == 1 and longest == int(seqused_k.max()) and rows.tolist() == list(range(len(q) + 1))
+        extents = [Extent(int(s), int(n)) for s, n in zip(starts, seqused_k, strict=False)]
+        out, lse = Backend().decode(q, k.transpose(0, 1), v.transpose(0, 1), extents)
+        return out, lse.transpose(0, 1)
+
+
+def test_flash_attention_3_is_called_as_it_wants_to_be(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", FlashPackage(2))
+    check_against_float64(FlashAttention3(), "cpu", torch.float32, 2e-5)
+
+
+def test_flash_attention_2_is_called_as_it_wants_to_be(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", FlashPackage(3))
+    backend = FlashAttention2()
+    q, k, v = draw(5, 9, 60, 8, 2)
+    for causal, keys in ((False, 60), (True, 9)):
+        out, lse = backend.attend(q, k[:, :keys], v[:, :keys], causal=causal)
+        wanted_out, wanted_lse = exact(q, k[:, :keys], v[:, :keys], 0 if causal else 60)
+        np.testing.assert_allclose(out.numpy(), wanted_out, atol=2e-5)
+        np.testing.assert_allclose(lse.numpy(), wanted_lse, atol=2e-5)

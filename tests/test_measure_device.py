@@ -1,0 +1,282 @@
+"""Measuring for real, on the CPU that is here: small sessions, the quick profile, drift."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from experiments.cli import main  # noqa: E402
+from profiler.kernels import load_kernels  # noqa: E402
+from profiler.measure import check as drift  # noqa: E402
+from profiler.measure.cases import Cases  # noqa: E402
+from profiler.measure.collectives import Ranks  # noqa: E402
+from profiler.measure.command import MeasureOptions, measure, set_up  # noqa: E402
+from profiler.measure.host import time_iterations  # noqa: E402
+from profiler.measure.layer import LayerBench  # noqa: E402
+from profiler.measure.measurer import Measurer  # noqa: E402
+from profiler.measure.points import Point  # noqa: E402
+from profiler.measure.store import OK, OUT_OF_MEMORY, Visit  # noqa: E402
+from profiler.measure.timing import sample  # noqa: E402
+from profiler.tables import Profile, Table, TableInfo, read_profile, read_table, write_profile, write_table  # noqa: E402
+from profiler.train import train  # noqa: E402
+from runtime.attention import Backend  # noqa: E402
+from specs import get_device, get_model  # noqa: E402
+from specs.errors import InputError  # noqa: E402
+
+CPU, MODEL, HERE = get_device("cpu"), get_model("tiny-llama"), torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def cases() -> Cases:
+    return Cases(MODEL, CPU, HERE, torch.float32, buffer_bytes=160 << 20)
+
+
+# -- calls are the runtime's own --------------------------------------------------------------------------
+
+
+def test_a_chunk_over_its_prefix_is_exact_attention(cases: Cases) -> None:
+    """The timed call against one pass in double precision over the very keys that it reads."""
+    point = Point("prefill_attention", (1, 24, 100, 8, 4, 32))
+    with torch.inference_mode():
+        out = cases.call(point)(0)
+        q, k, v = cases._qkv(24, 8, 4)
+        keys, values = cases.cache(4)
+        every_k = torch.cat([keys[:, :100], k.transpose(0, 1)], dim=1).double()
+        every_v = torch.cat([values[:, :100], v.transpose(0, 1)], dim=1).double()
+        scores = torch.einsum("thd,hkd->thk", q.double(), every_k.repeat_interleave(2, 0)) / 32**0.5
+        hidden = torch.arange(124)[None, :] > 100 + torch.arange(24)[:, None]
+        scores = scores.masked_fill(hidden[:, None, :], -torch.inf)
+        wanted = torch.einsum("thk,hkd->thd", scores.softmax(-1), every_v.repeat_interleave(2, 0))
+    assert torch.allclose(out.double(), wanted, atol=1e-5)
+
+
+def test_every_operator_has_a_call_of_the_right_size(cases: Cases) -> None:
+    with torch.inference_mode():
+        assert cases.call(Point("gemm", (7, 1408, 256)))(0).shape == (7, 1408)
+        out, lse = cases.call(Point("decode_attention", (5, 500, 8, 4, 32)))(1)
+        assert out.shape == (5, 8, 32) and lse.shape == (5, 8)
+        out, lse = cases.call(Point("skewed_decode", (4, 1000, 940, 8, 4, 32)))(0)
+        assert out.shape == (4, 8, 32)
+        out, lse = cases.call(Point("shard_attention", (9, 64, 8, 4, 32)))(0)
+        assert out.shape == (9, 8, 32) and lse.shape == (9, 8)
+        assert cases.call(Point("embedding", (6 * 2048, 6, 256)))(0).shape == (6, 256)
+        largest, token = cases.call(Point("sampling", (4 * 4096 * 3, 3, 4096)))(0)
+        assert largest.shape == token.shape == (3,)
+        assert cases.call(Point("kvp_merge", (1, 10, 256, 3)))(0)[0].shape == (10, 8, 32)
+        cos, _ = cases.call(Point("rope_angles", (1, 10, 32)))(0)
+        assert cos.shape == (10, 1, 32)
+        assert cases.call(Point("rope", (1, 10, 384)))(0).shape == (10, 12, 32)
+        assert cases.call(Point("activation", (1, 10, 704)))(0).shape == (10, 704)
+
+
+def test_weights_and_keys_change_from_call_to_call(cases: Cases) -> None:
+    assert len(cases.weights(256, 256)) > 10
+    places = cases.places(4, 1000)
+    assert len(places) > 3 and len(set(places)) == len(places)
+    with pytest.raises(MemoryError, match="more than the"):
+        cases.places(4, 1 << 30)
+
+
+def test_what_does_not_fit_is_skipped_by_name() -> None:
+    points = [Point("gemm", (4, 256, 256)), Point("norm", (4096, 1, 256))]
+    measurer = Measurer(MODEL, CPU, HERE, torch.float32, points=points, visit_s=0.002)
+    too_large = Point("decode_attention", (1, 1 << 26, 8, 4, 32))
+    assert measurer.visit(too_large).status == OUT_OF_MEMORY
+    visit = measurer.visit(points[0])
+    measurer.close()
+    assert visit.status == OK and 1e-6 < visit.time_s < 0.1 and visit.samples >= 5
+
+
+# -- timing -----------------------------------------------------------------------------------------------
+
+
+def test_a_sample_is_as_long_as_the_call() -> None:
+    found = sample(lambda i: time.sleep(0.003), HERE, 0.03)
+    assert 0.003 <= found.time_s < 0.006 and found.samples >= 3
+
+
+def test_a_layer_takes_longer_with_more_tokens_and_leaves_the_cache_as_it_was() -> None:
+    bench = LayerBench(MODEL, 2, capacity_tokens=4096, device=HERE, dtype=torch.float32, backend=Backend())
+    with torch.inference_mode():
+        small = bench.time(Point("layer", (0, 0, 2, 64, 2)), 0.02)
+        large = bench.time(Point("layer", (256, 512, 4, 400, 2)), 0.02)
+    assert 0 < small[0] < large[0]
+    assert not bench._cache.tables
+
+
+def test_host_time_grows_with_the_batch() -> None:
+    few, many = (time_iterations(MODEL, requests, HERE, 0.02).time_s for requests in (1, 48))
+    assert 1e-6 < few < many < 0.1
+
+
+def test_ranks_time_collectives_and_end() -> None:
+    ranks = Ranks(2, HERE, torch.float32)
+    try:
+        for operator in ("all_reduce", "all_gather", "send_recv"):
+            found = ranks.time(Point(operator, (4096, 2)), 0.02)
+            assert 1e-6 < found.time_s < 0.5 and found.samples >= 5
+    finally:
+        ranks.close()
+    assert not any(process.is_alive() for process in ranks._processes)
+
+
+# -- sessions ---------------------------------------------------------------------------------------------
+
+
+def small_options(out: Path, **changes: object) -> MeasureOptions:
+    chosen = {"only": ("norm", "rope"), "tps": (1,), "budget_s": 3.0, "max_context": 2048, "out": out}
+    return MeasureOptions("tiny-llama", "cpu", **{**chosen, **changes})  # type: ignore[arg-type]
+
+
+def test_a_session_leaves_a_profile_with_its_provenance(tmp_path: Path) -> None:
+    said: list[str] = []
+    outcome = measure(small_options(tmp_path / "p"), said.append)
+    profile = read_profile(tmp_path / "p")
+    assert outcome.profile == profile and not outcome.interrupted
+    assert (profile.device, profile.source, profile.threads) == ("cpu", "measured", 1)
+    assert profile.model["name"] == "tiny-llama" and profile.model["tp"] == [1]
+    assert profile.versions["torch"] == str(torch.__version__)
+    assert {"device", "before", "after", "statistic", "ceiling, copy"} <= set(profile.conditions)
+    assert [info.key for info in profile.tables] == ["norm_fp32", "rope_fp32"]
+    table = read_table(profile, profile.tables[0])
+    assert table.spread_s is not None and table.samples is not None and np.all(table.samples >= 1)
+    assert any(line.startswith("profile: ") for line in said)
+    with pytest.raises(InputError, match="is there already; go on with --resume"):
+        measure(small_options(tmp_path / "p"))
+    with pytest.raises(InputError, match=r"another set-up: model is .*'tp': \[1\]"):
+        measure(small_options(tmp_path / "p", resume=True, tps=(1, 2)))
+
+
+def test_ctrl_c_keeps_what_was_measured_and_a_resume_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = Measurer.visit, 0
+
+    def visit(self: Measurer, point: Point) -> Visit:
+        nonlocal calls
+        calls += 1
+        if calls == 8:
+            raise KeyboardInterrupt
+        return original(self, point)
+
+    monkeypatch.setattr(Measurer, "visit", visit)
+    said: list[str] = []
+    assert measure(small_options(tmp_path / "p"), said.append).interrupted
+    assert "interrupted: what was measured is kept; --resume goes on" in said
+    lines = (tmp_path / "p" / "visits.csv").read_text()
+    assert lines.count("\n") == 2 + 7
+    monkeypatch.setattr(Measurer, "visit", original)
+    assert not measure(small_options(tmp_path / "p", resume=True), said.append).interrupted
+    again = (tmp_path / "p" / "visits.csv").read_text()
+    assert again.startswith(lines) and len(again) > len(lines)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"only": ("norms",)}, "--only norms: no such operator; did you mean 'norm'"),
+        ({"tps": (3,)}, "--tp 3: tiny-llama can be cut by 1, 2, 4 on cpu"),
+        ({"dtype": "fp64"}, "--dtype fp64: is not measured"),
+        ({"spec": "h1000"}, "h1000"),
+    ],
+)
+def test_bad_options(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        set_up(small_options(tmp_path, **changes))
+
+
+def test_bad_command_lines(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for arguments, message in (
+        (["--device", "cpu"], "--model is missing"),
+        (["--model", "tiny-llama", "--budget", "soon"], "'soon' is not a time such as 90s or 5m"),
+        (["--model", "tiny-llama", "--device", "tpu"], "'tpu'"),
+        (["--model", "tiny-llama", "--threads", "0"], "--threads 0: must be at least 1"),
+        (["--check", str(tmp_path / "none")], "profile.yaml"),
+    ):
+        assert main(["profile", *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+# -- drift ------------------------------------------------------------------------------------------------
+
+
+def scaled_copy(source: Path, target: Path, factor: float) -> Profile:
+    """A profile as if everything had taken `factor` times as long when it was measured."""
+    shutil.copytree(source, target)
+    profile = read_profile(source)
+    infos = []
+    for info in profile.tables:
+        table = read_table(profile, info)
+        assert table.spread_s is not None
+        # No spread, so that the allowance is the plain one.
+        scaled = Table(table.shape, table.time_s * factor, table.spread_s * 0.0, table.samples)
+        sha256, rows = write_table(target, info.operator, info.dtype, scaled)
+        infos.append(
+            TableInfo(info.operator, info.dtype, rows, sha256, info.kernel_source, info.origin, info.warm)
+        )
+    changed = Profile(
+        path=target,
+        device=profile.device,
+        source="measured",
+        created=profile.created,
+        licence=profile.licence,
+        versions=profile.versions,
+        notes=profile.notes,
+        tables=tuple(infos),
+        model=profile.model,
+        conditions=profile.conditions,
+        cached_bytes=profile.cached_bytes,
+        threads=profile.threads,
+    )
+    write_profile(changed)
+    return changed
+
+
+def test_drift_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    measure(small_options(tmp_path / "now", only=("norm",)), lambda line: None)
+    quick = scaled_copy(tmp_path / "now", tmp_path / "half", 0.5)
+    assert main(["profile", "--check", str(quick.path)]) == 1
+    out = capsys.readouterr().out
+    assert "norm" in out and "HAS MOVED" in out and "no longer holds; measure again" in out
+    said: list[str] = []
+    held = drift.Drift("norm", 5, 0.05, 0.2, 0.10)
+    assert held.holds and not drift.Drift("norm", 5, -0.11, 0.2, 0.10).holds
+    elsewhere = read_profile(quick.path)
+    text = (quick.path / "profile.yaml").read_text().replace(elsewhere.conditions["device"], "Z80")
+    (quick.path / "profile.yaml").write_text(text)
+    with pytest.raises(InputError, match="was measured on 'Z80', this is"):
+        drift.check(quick.path, say=said.append)
+
+
+# -- the quick profile ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_quick_profile_is_quick_and_usable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In under 90 s on two cores a predictor whose errors on its own held-out points are fair.
+
+    The machine may be shared, so the bounds are those of a look; the shipped profile's are in
+    test_profiler_cpu.
+    """
+    out = tmp_path / "quick"
+    began_s = time.perf_counter()
+    options = ["--device", "cpu", "--model", "tiny-llama", "--quick", "--out", str(out)]
+    assert main(["profile", *options]) == 0
+    assert time.perf_counter() - began_s < 90.0
+    assert "held out" in capsys.readouterr().out
+    report = train(out, save=False)
+    errors = {entry.operator: entry.held_out for entry in report.operators}
+    for operator in ("gemm", "prefill_attention", "decode_attention", "shard_attention"):
+        assert errors[operator].median <= 0.15, (operator, str(errors[operator]))
+    assert report.layer is not None and report.layer.corrected.median <= 0.15
+    assert report.host is not None
+    kernels = load_kernels(CPU, profile=out, model=MODEL)
+    assert kernels.host is not None and kernels.layer is not None
+    whole = kernels.prefill_attention(256, 1000, 8, 4, 32)
+    assert whole.source == "measured" and whole.time_s > whole.floor_s

@@ -1,0 +1,162 @@
+"""Formulas for CPUs, and the shipped profile of one: found where it holds, and as exact as it says."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from profiler.coverage import part_used
+from profiler.cpu_operators import CpuDecodeAttention, CpuElementwise, CpuGemm, CpuPrefillAttention
+from profiler.formulas import make_physics
+from profiler.kernels import find_profile, load_kernels
+from profiler.operators import OperatorModel
+from profiler.tables import PROFILES
+from profiler.train import TrainReport, train
+from specs import get_device, get_model
+from specs.errors import InputError
+
+CPU, TINY = get_device("cpu"), get_model("tiny-llama")
+SHIPPED = PROFILES / "cpu" / "tiny-llama-fp32"
+COLLECTIVES = {"all_reduce", "all_gather", "send_recv"}
+
+
+def columns(**values: float) -> dict[str, np.ndarray]:
+    return {name: np.array([float(value)]) for name, value in values.items()}
+
+
+def test_part_of_a_device() -> None:
+    one = part_used(CPU, 1)
+    assert one.num_sms == 1 and one.peak_flops["fp32"] == CPU.peak_flops["fp32"] / 2
+    assert one.memory_bandwidth_bytes_per_s == CPU.memory_bandwidth_bytes_per_s
+    assert part_used(CPU, 0) == part_used(CPU, 2) == part_used(CPU, 64) == CPU
+
+
+def test_floors_by_hand() -> None:
+    gemm = CpuGemm(part_used(CPU, 1), "fp32")
+    compute = gemm.floor_s(columns(m=512, n=704, k=256))
+    assert compute == pytest.approx(2 * 512 * 704 * 256 / 105e9)
+    memory = gemm.floor_s(columns(m=1, n=4096, k=256))
+    assert memory == pytest.approx(4 * (256 + 256 * 4096 + 4096) / 36e9)
+    # 32 MiB of weights that never leave the cache set no floor by memory.
+    cached = CpuGemm(part_used(CPU, 1), "fp32", CPU.l2_bytes).floor_s(columns(m=1, n=4096, k=256))
+    assert cached == pytest.approx(2 * 4096 * 256 / 105e9)
+    decode = CpuDecodeAttention(CPU, "fp32").floor_s(
+        columns(batch=2, total_context=10_000, heads=8, kv_heads=4, head_dim=32)
+    )
+    assert decode == pytest.approx(4 * (2 * 10_000 * 4 * 32 + 2 * 2 * 8 * 32) / 36e9)
+
+
+def test_blocks_of_the_kernel_by_hand() -> None:
+    # 40 tokens of 2 heads each: 80 rows a KV head in 3 blocks of 32, 100 keys: 6 over after 6 vectors of 16.
+    attention = CpuPrefillAttention(CPU, "fp32")
+    shape = columns(batch=1, chunk=40, context=100, heads=8, kv_heads=4, head_dim=32)
+    terms = {name: float(amount[0]) for name, amount in attention.terms(shape).items()}
+    assert terms["pair_s"] == 4 * 80 * 100 * 32 and terms["load_s"] == 4 * 3 * 100 * 32
+    assert terms["rescale_s"] == terms["row_s"] == terms["left_over_s"] == 4 * 80
+    # The causal part, head by head: 2 blocks of 32; the last has 8 rows, and 40 is no multiple of 16.
+    assert terms["own_load_s"] == 2 * 8 * 36 * 32 and terms["own_left_over_s"] == 8 * 8
+    nothing_before = attention.terms({**shape, "context": np.zeros(1)})
+    assert nothing_before["merge_s"] == nothing_before["launch_s"] == nothing_before["left_over_s"] == 0
+
+
+def test_rates_are_recovered_and_hold_eight_times_as_far() -> None:
+    """Times from known rates: what isn't there comes out as nothing, and the line goes on."""
+    rng = np.random.default_rng(0)
+    true = {"launch_s": 1e-5, "request_s": 1.2e-5, "head_s": 2e-6, "key_s": 5e-10}
+    physics = CpuDecodeAttention(CPU, "fp32")
+    batch, each = 2.0 ** rng.integers(0, 7, 200), 2.0 ** rng.integers(4, 13, 200)
+    kv_heads = 2.0 ** rng.integers(0, 3, 200)
+    shape = {
+        "batch": batch,
+        "total_context": batch * each,
+        "heads": 2 * kv_heads,
+        "kv_heads": kv_heads,
+        "head_dim": np.full(200, 32.0),
+    }
+    time_s = physics.time_s(shape, {name: true.get(name, 0.0) for name in physics.parameters})
+    noisy_s = time_s * np.exp(rng.normal(0, 0.03, 200))
+    model = OperatorModel(physics).fit(shape, noisy_s, np.arange(200))
+    assert model.state_.parameters["request_s"] == pytest.approx(1.2e-5, rel=0.1)
+    far = {**shape, "total_context": shape["total_context"] * 8}
+    expected = physics.time_s(far, {name: true.get(name, 0.0) for name in physics.parameters})
+    assert np.median(np.abs(model.predict(far).time_s / expected - 1)) < 0.03
+
+
+def test_merging_goes_by_the_results_beyond_the_first() -> None:
+    merge = CpuElementwise(CPU, "kvp_merge")
+    two = {"num_bytes": np.array([3000.0]), "rows": np.array([10.0]), "shards": np.array([2.0])}
+    eight = {"num_bytes": np.array([9000.0]), "rows": np.array([10.0]), "shards": np.array([8.0])}
+    assert merge.terms(two)["step_s"] == 1 and merge.terms(eight)["step_s"] == 7
+    assert merge.terms(eight)["byte_s"] == 7 * merge.terms(two)["byte_s"]
+    assert make_physics(get_device("h100-sxm"), "kvp_merge", "bf16").columns == merge.columns
+
+
+# -- the shipped profile ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def report() -> TrainReport:
+    return train(SHIPPED, save=False)
+
+
+def test_held_out_errors(report: TrainReport) -> None:
+    """Ranks on two cores wake each other through the scheduler: that noise is the floor of collectives."""
+    for entry in report.operators:
+        if entry.operator not in COLLECTIVES:
+            assert entry.held_out.median <= 0.05, (entry.operator, str(entry.held_out))
+            assert entry.held_out.p90 <= 0.12, (entry.operator, str(entry.held_out))
+        assert entry.below_floor == 0
+
+
+def test_eight_times_the_context(report: TrainReport) -> None:
+    axes = {"prefill_attention": "length", "decode_attention": "context of one", "shard_attention": "context"}
+    for entry in report.operators:
+        if entry.operator in axes:
+            far = entry.extrapolation[axes[entry.operator]]
+            assert far.rows > 20 and far.median <= 0.10, (entry.operator, str(far))
+
+
+def test_whole_layers_and_host(report: TrainReport) -> None:
+    assert report.layer is not None and report.layer.corrected.median <= 0.07
+    assert report.host is not None and report.host[0].median <= 0.05
+    assert report.skewed is not None and report.skewed.median <= 0.10
+
+
+def test_it_is_found_for_the_model_that_it_was_measured_for() -> None:
+    kernels = load_kernels(CPU)
+    assert kernels.gemm(64, 512, 256).source == "measured"
+    assert load_kernels(CPU, model=TINY, tp=2).prefill_attention(64, 1000, 4, 2, 32).source == "measured"
+    assert kernels.host is not None and kernels.layer is not None
+    assert not kernels.attention_includes_kv_write and "kv_write" in kernels.kinds
+    profile = find_profile(CPU, "measured")
+    assert profile is not None and profile.threads == 1 and profile.path == SHIPPED
+
+
+def test_it_is_passed_over_for_others_and_the_reason_is_kept() -> None:
+    other = load_kernels(CPU, model=get_model("llama-3-8b"))
+    assert other.gemm(64, 512, 256).source == "roofline"
+    assert (
+        "measured for the shape of tiny-llama: its head_dim is 32, that of llama-3-8b 128"
+        in other.passed_over[0]
+    )
+    narrow = load_kernels(CPU, weight_dtype="bf16", kv_dtype="bf16", model=TINY)
+    assert narrow.gemm(1, 8, 8).source == "roofline"
+    assert "was measured in fp32, not in bf16" in narrow.passed_over[0]
+    with pytest.raises(InputError, match=r"no measured profile of cpu fits: .*shape of tiny-llama"):
+        load_kernels(CPU, "measured", model=get_model("llama-3-8b"))
+    with pytest.raises(InputError, match=r"tiny-llama-fp32: was measured for the shape of tiny-llama"):
+        load_kernels(CPU, profile=SHIPPED, model=get_model("llama-3-8b"))
+    with pytest.raises(InputError, match="trained with other data-sheet figures"):
+        load_kernels(dataclasses.replace(CPU, memory_bandwidth_bytes_per_s=1e9), profile=SHIPPED)
+
+
+def test_times_grow_with_context_and_stay_above_the_floor() -> None:
+    kernels = load_kernels(CPU, model=TINY)
+    contexts = np.unique(np.geomspace(1, 1e7, 200).astype(int))
+    for chunk in (1, 16, 100, 512, 2048):
+        found = kernels.prefill_attention(chunk, contexts, 8, 4, 32)
+        assert np.all(np.diff(found.time_s) >= -1e-12) and np.all(found.time_s >= found.floor_s)
+    assert kernels.prefill_attention(64, 1 << 20, 8, 4, 32).extrapolated
+    assert not kernels.prefill_attention(64, 3000, 8, 4, 32).extrapolated
