@@ -28,8 +28,7 @@ SLACK_OCTAVES = 1e-6  # against rounding of log2
 FADE_OCTAVES = 3.0  # distance beyond the measured region at which the residual has faded to 0.6
 LENGTH_SCALES = (1.5, 2.5, 4.0)  # octaves
 NOISES = (0.3, 3.0)
-# Tried as well for tables that are quickly fitted: a measured profile's are small and precise.
-SMALL_TABLE = 2000
+# Tried as well where the formula is a sum of work: what it leaves is how one shape differs from the next.
 FINER_LENGTH_SCALES = (0.8, 6.0)
 FINER_NOISES = (0.03, 0.1)
 REWEIGHTINGS = 30
@@ -222,10 +221,10 @@ class OperatorModel:
         self, features: FloatArray, residual: FloatArray, groups: NDArray[np.int64], rng: np.random.Generator
     ) -> tuple[float, float]:
         """Length scale and noise with the least held-out error on whole groups of the training rows."""
-        small = len(residual) <= SMALL_TABLE
-        scales = LENGTH_SCALES + small * FINER_LENGTH_SCALES
+        is_additive = isinstance(self.physics, Additive)
+        scales = LENGTH_SCALES + is_additive * FINER_LENGTH_SCALES
         scales = scales if self.length_scale is None else (self.length_scale,)
-        noises = NOISES + small * FINER_NOISES
+        noises = NOISES + is_additive * FINER_NOISES
         noises = noises if self.noise is None else (self.noise,)
         if len(scales) * len(noises) == 1:
             return scales[0], noises[0]

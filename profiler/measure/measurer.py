@@ -60,6 +60,9 @@ class Measurer:
                 tokens = point["chunk"] + point["context"] + point["decode_context"]
                 tokens += (point["decodes"] + 2) * 2 * BLOCK_TOKENS
                 self._layer_tokens[point["tp"]] = max(tokens, self._layer_tokens.get(point["tp"], 0))
+        # What an iteration touches: its weights, as far as they displace what is in the last-level cache.
+        touched = min(model.num_parameters * dtype.itemsize, 2 * spec.l2_bytes)
+        self._swept_bytes = touched if device.type == "cpu" else 0
         self._layers: dict[int, LayerBench] = {}
         self._ranks: dict[int, collectives.Ranks] = {}
 
@@ -88,7 +91,9 @@ class Measurer:
         if operator == "layer":
             return Samples(*self._layer_bench(point["tp"]).time(point, 2 * self.visit_s))
         if operator == "host":
-            return time_iterations(self.model, point["requests"], self.device, self.visit_s)
+            return time_iterations(
+                self.model, point["requests"], self.device, self.visit_s, self._swept_bytes
+            )
         count = point["ranks"]
         if count not in self._ranks:
             self._ranks[count] = collectives.Ranks(count, self.device, self.dtype)
