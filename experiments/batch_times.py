@@ -34,6 +34,11 @@ class ErrorSummary:
     p90: float
     bias: float
 
+    @property
+    def measured_over_predicted(self) -> float:
+        """Σ measured ÷ Σ predicted."""
+        return 1.0 / (1.0 + self.bias)
+
     @staticmethod
     def of(predicted_s: FloatArray, measured_s: FloatArray) -> ErrorSummary | None:
         """None without a sample that took time."""

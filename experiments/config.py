@@ -208,10 +208,15 @@ class QuantileTolerance(Section):
 
 class RequestTolerance(QuantileTolerance):
     """Those of the requests, for the latencies in ``metrics``; ``noise_factor`` times the difference between
-    live runs is allowed too, if that is larger."""
+    live runs is allowed too, if that is larger.
+
+    ``speed`` says at which speed of the machine the simulation is judged: that of its profile, or the one
+    that was measured in the live runs, as a single factor on all batch times.
+    """
 
     p90: Positive = 0.10
     noise_factor: NotNegative = 1.5
+    speed: Literal["profile", "measured"] = "profile"
     metrics: Annotated[list[Latency], Field(min_length=1)] = ["ttft_s", "tpot_s"]
 
 

@@ -102,8 +102,10 @@ class Comparison:
     Attributes:
         live_s: mean over the live runs.
         error: simulated ÷ live − 1.
+        error_at_speed: the same of a simulation at the speed that the machine had in the live runs.
         noise: largest difference between two live runs ÷ their mean; None with a single one.
         allowed: the size of error that passes; None if this statistic decides nothing.
+        at_speed: whether it is the error at that speed that must pass.
     """
 
     metric: str
@@ -111,48 +113,69 @@ class Comparison:
     simulated_s: float
     live_s: float
     error: float
+    error_at_speed: float
     noise: float | None
     allowed: float | None
+    at_speed: bool
+
+    @property
+    def judged(self) -> float:
+        """The error that must pass."""
+        return self.error_at_speed if self.at_speed else self.error
 
     @property
     def passes(self) -> bool:
-        return self.allowed is None or abs(self.error) <= self.allowed
+        return self.allowed is None or abs(self.judged) <= self.allowed
 
 
 def compare_requests(
-    simulated: Mapping[str, Any], live: Sequence[Mapping[str, Any]], tolerance: RequestTolerance
+    simulated: Mapping[str, Any],
+    at_speed: Mapping[str, Any],
+    live: Sequence[Mapping[str, Any]],
+    tolerance: RequestTolerance,
 ) -> list[Comparison]:
-    """The table of the request rung, from the summaries of the simulation and of the live runs.
+    """The table of the request rung, from the summaries of the simulation, as it is and at the measured
+    speed, and of the live runs.
 
     A latency without samples on either side has no rows; with samples on one side only its error is infinite.
     """
     rows = []
     for metric in METRICS:
-        sides = [summary.get(metric) for summary in (simulated, *live)]
+        sides = [summary.get(metric) for summary in (simulated, at_speed, *live)]
         if all(side is None for side in sides):
             continue
         for statistic in STATISTICS:
-            simulated_s, *live_s = [
+            simulated_s, at_speed_s, *live_s = [
                 float("nan") if side is None else float(side[statistic]) for side in sides
             ]
-            rows.append(_compare(metric, statistic, simulated_s, live_s, tolerance))
+            rows.append(_compare(metric, statistic, (simulated_s, at_speed_s), live_s, tolerance))
     return rows
 
 
 def _compare(
-    metric: str, statistic: str, simulated_s: float, live_s: Sequence[float], tolerance: RequestTolerance
+    metric: str,
+    statistic: str,
+    simulated_s: tuple[float, float],
+    live_s: Sequence[float],
+    tolerance: RequestTolerance,
 ) -> Comparison:
     mean_s = float(np.mean(live_s))
     noise = None
     if len(live_s) > 1:
         spread_s = max(live_s) - min(live_s)
         noise = spread_s / mean_s if mean_s > 0 else 0.0
-    error = simulated_s / mean_s - 1.0 if mean_s > 0 else float("inf")
-    if simulated_s == mean_s:
-        error = 0.0
-    elif error != error:  # one side has no samples
-        error = float("inf")
     allowed = None
     if metric in tolerance.metrics and statistic in ("p50", "p90"):
         allowed = max(getattr(tolerance, statistic), tolerance.noise_factor * (noise or 0.0))
-    return Comparison(metric, statistic, simulated_s, mean_s, error, noise, allowed)
+    error, error_at_speed = (_error(each_s, mean_s) for each_s in simulated_s)
+    at_speed = tolerance.speed == "measured"
+    return Comparison(
+        metric, statistic, simulated_s[0], mean_s, error, error_at_speed, noise, allowed, at_speed
+    )
+
+
+def _error(simulated_s: float, live_s: float) -> float:
+    if simulated_s == live_s:
+        return 0.0
+    error = simulated_s / live_s - 1.0 if live_s > 0 else float("inf")
+    return error if error == error else float("inf")  # NaN: one side has no samples

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[float, int], None]
 
-_HOW_TO_INSTALL = "the live runtime needs torch; install it with: pip install 'convoy-sim[runtime]'"
+_HOW_TO_INSTALL = "the live runtime needs torch; in Convoy's folder: pip install -e '.[runtime]'"
 
 
 def live(options: RunOptions) -> int:
@@ -94,7 +94,7 @@ def serve_live(experiment: Experiment, progress: Progress | None = None) -> Live
         records = Engine(experiment.workload, setup, noting, progress).run()
     finally:
         executor.close()
-    return LiveRun(records, noting.log.slices(), records.host)
+    return LiveRun(records, noting.log.slices(), records.host, waited_s=records.waited_s)
 
 
 def live_setup(experiment: Experiment) -> LiveSetup:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -41,12 +42,19 @@ class LiveRun:
         slices: what its batches held.
         host: columns of ``traces.records.HOST_COLUMNS``, an entry for each of ``records.batches``.
         cost: fingerprint of the cost model that its decisions were made with; empty if it was made here.
+        waited_s: see ``runtime.engine.LiveRecords``.
     """
 
     records: RunRecords
     slices: Slices
     host: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     cost: str = ""
+    waited_s: float | None = None
+
+    @property
+    def waited_share(self) -> float:
+        """Share of the run for which the engine had no core, as far as is known."""
+        return (self.waited_s or 0.0) / max(self.records.end_s, 1e-9)
 
     def batch_end_s(self) -> NDArray[np.float64]:
         """When each batch left the last stage, by its id; NaN if it never did."""
@@ -86,6 +94,7 @@ def write_live_records(folder: Path, run: LiveRun, experiment: Experiment, runti
         "end_s": records.end_s,
         "wall_s": records.wall_s,
         "interrupted": records.interrupted,
+        "waited_s": run.waited_s,
         "slo_names": list(records.slo_names),
         "cost": fingerprint(experiment.setup.cost),
     }
@@ -155,7 +164,7 @@ def read_live_run(folder: Path, experiment: Experiment, where: str) -> LiveRun:
         work=Work(iterations=int(np.count_nonzero(batches["stage"] == 0))),
         wall_s=facts["wall_s"],
     )
-    run = LiveRun(records, slices, host, cost=facts["cost"])
+    run = LiveRun(records, slices, host, cost=facts["cost"], waited_s=facts["waited_s"])
     records.gaps = slices.gaps(experiment.workload.prompt_tokens.astype(np.int64), run.batch_end_s())
     return run
 
@@ -165,6 +174,7 @@ _KINDS: Mapping[str, tuple[type | tuple[type, ...], str]] = {
     "block_tokens": (int, "a whole number"),
     "end_s": ((int, float), "a number"),
     "wall_s": ((int, float), "a number"),
+    "waited_s": ((int, float, NoneType), "a number or null"),
     "interrupted": (bool, "true or false"),
     "slo_names": (list, "a list"),
     "cost": (str, "text"),

@@ -12,8 +12,10 @@ from experiments.config import ValidateConfig
 from experiments.ladder import Comparison, OperatorErrors, compare_requests, operator_errors
 from experiments.live import summarize_live
 from experiments.live_records import LiveRun, fingerprint
+from experiments.run import summarize_run
 from experiments.text import percent
 from sim.replayed import Parity, replay
+from sim.slowed import simulate_slowed
 
 Status = Literal["holds", "broken", "unknown"]
 
@@ -39,6 +41,7 @@ class Ladder:
         iterations: of the batches of all live runs together.
         parities: of each live run.
         comparisons: the table of the requests.
+        speed: batch times as measured ÷ as predicted, all of them together.
         tolerance: what the rungs were judged by.
     """
 
@@ -47,6 +50,7 @@ class Ladder:
     iterations: IterationErrors
     parities: Sequence[Parity]
     comparisons: Sequence[Comparison]
+    speed: float
     tolerance: ValidateConfig
 
     @property
@@ -88,8 +92,10 @@ def climb(experiment: Experiment, simulated: dict[str, Any], runs: Sequence[Live
     iterations = BatchTimes.joined(parts).errors()
     parities = [replay(workload, with_capacity_of(run, experiment).setup, run.times()) for run in runs]
     same_cost = all(run.cost in ("", fingerprint(setup.cost)) for run in runs)
+    speed = iterations.total.measured_over_predicted if iterations.total is not None else 1.0
+    at_speed = summarize_run(simulate_slowed(workload, setup, speed), experiment)
     comparisons = compare_requests(
-        simulated, [summarize_live(run.records, experiment) for run in runs], tolerance.request
+        simulated, at_speed, [summarize_live(run.records, experiment) for run in runs], tolerance.request
     )
     rungs = (
         _operator_rung(operators, tolerance),
@@ -97,7 +103,7 @@ def climb(experiment: Experiment, simulated: dict[str, Any], runs: Sequence[Live
         _decision_rung(parities, same_cost),
         _request_rung(comparisons),
     )
-    return Ladder(rungs, operators, iterations, parities, comparisons, tolerance)
+    return Ladder(rungs, operators, iterations, parities, comparisons, speed, tolerance)
 
 
 def with_capacity_of(run: LiveRun, experiment: Experiment) -> Experiment:
@@ -154,7 +160,7 @@ def _request_rung(comparisons: Sequence[Comparison]) -> Rung:
     if not deciding:
         return Rung("request", "broken", "there is no latency to compare: no request got that far")
     outside = [each for each in deciding if not each.passes]
-    shown = outside or [max(deciding, key=lambda each: abs(each.error) / (each.allowed or 1.0))]
+    shown = outside or [max(deciding, key=lambda each: abs(each.judged) / (each.allowed or 1.0))]
     text = "; ".join(f"{_metric(each.metric)} {each.statistic} {_comparison_text(each)}" for each in shown)
     return Rung(
         "request", "broken" if outside else "holds", text if outside else f"nearest to its limit: {text}"
@@ -162,7 +168,7 @@ def _request_rung(comparisons: Sequence[Comparison]) -> Rung:
 
 
 def _comparison_text(each: Comparison) -> str:
-    return f"{signed(each.error)} (allowed {percent(each.allowed or 0.0)})"
+    return f"{signed(each.judged)} (allowed {percent(each.allowed or 0.0)})"
 
 
 def _metric(name: str) -> str:

@@ -100,7 +100,11 @@ def write_set(folder: Path, name: str, outcomes: Sequence[Outcome]) -> None:
 
 def verdict_data(outcome: Outcome) -> dict[str, Any]:
     """The verdict on one case as plain data; an error without bound is null."""
-    data: dict[str, Any] = {"passes": outcome.passes, "live_runs": len(outcome.runs)}
+    data: dict[str, Any] = {
+        "passes": outcome.passes,
+        "live_runs": len(outcome.runs),
+        "waited_share": [run.waited_share for run in outcome.runs],
+    }
     if outcome.interrupted:
         data["interrupted"] = True
     if outcome.failure is not None:
@@ -111,6 +115,7 @@ def verdict_data(outcome: Outcome) -> dict[str, Any]:
         data |= {
             "blamed_rung": None if blamed is None else blamed.name,
             "rungs": [asdict(rung) for rung in ladder.rungs],
+            "speed": ladder.speed,
             "requests": [asdict(each) | {"passes": each.passes} for each in ladder.comparisons],
             "iterations": asdict(ladder.iterations),
             "operators": [asdict(each) for each in ladder.operators],

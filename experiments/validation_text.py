@@ -13,6 +13,7 @@ from experiments.tables import print_table
 from experiments.text import percent, seconds
 from experiments.validation_files import Outcome
 
+_DISTURBED = 0.01  # share of a live run without a core from which it is worth saying
 _NUMBERS = ("simulated", "live", "error", "live noise", "allowed", "batches", "median", "p90", "bias")
 
 
@@ -24,11 +25,12 @@ def print_outcome(outcome: Outcome) -> None:
         runs += " from disk"
     title = f"{outcome.name}: simulated against {runs} ({describe_runtime(outcome.experiment)})"
     if ladder is not None:
+        at_speed = f"at {ladder.speed:.2f} × the times"
         print_table(
-            ("latency", "", "simulated", "live", "error", "live noise", "allowed", ""),
+            ("latency", "", "simulated", "live", "error", at_speed, "live noise", "allowed", ""),
             [_comparison(each) for each in ladder.comparisons],
             title=title,
-            right=_NUMBERS,
+            right=(*_NUMBERS, at_speed),
         )
         print()
         kinds = [*ladder.iterations.by_kind.items(), ("all", ladder.iterations.total)]
@@ -37,6 +39,10 @@ def print_outcome(outcome: Outcome) -> None:
         print()
         print_table(("rung", "", ""), [(rung.name, rung.status, rung.text) for rung in ladder.rungs])
         print()
+    for number, run in enumerate(outcome.runs, start=1):
+        if run.waited_share > _DISTURBED:
+            share = percent(run.waited_share)
+            print(f"live run {number}: other work had the engine's core for {share} of the time")
     print(f"{outcome.name}: {verdict(outcome)}\n")
 
 
@@ -76,6 +82,7 @@ def _comparison(each: Comparison) -> tuple[str, ...]:
         seconds(each.simulated_s),
         seconds(each.live_s),
         signed(each.error),
+        signed(each.error_at_speed),
         "" if each.noise is None else percent(each.noise),
         "" if each.allowed is None else percent(each.allowed),
         "" if each.allowed is None else "ok" if each.passes else "outside",
@@ -95,7 +102,7 @@ def _line(outcome: Outcome) -> tuple[str, ...]:
     for metric in ("ttft_s", "tpot_s"):
         for statistic in ("p50", "p90"):
             each = errors.get((metric, statistic))
-            cells.append("" if each is None else signed(each.error) + ("" if each.passes else " !"))
+            cells.append("" if each is None else signed(each.judged) + ("" if each.passes else " !"))
     total = ladder.iterations.total
     blamed = ladder.blamed
     word = "holds" if outcome.passes else f"outside: {blamed.name}" if blamed is not None else "interrupted"

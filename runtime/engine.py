@@ -13,6 +13,7 @@ import time
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,10 +75,13 @@ class LiveRecords(RunRecords):
     Attributes:
         host: columns of ``HOST_COLUMNS``, one entry for each batch and stage, as in ``batches``.
         outputs: the tokens of each finished request.
+        waited_s: how long the engine was ready to go on and had no core, because other work had it; None
+            where the system doesn't say.
     """
 
     host: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     outputs: dict[int, NDArray[np.int64]] = field(default_factory=dict)
+    waited_s: float | None = None
 
 
 class Engine:
@@ -122,6 +126,7 @@ class Engine:
         self._warm_up()
         gc.collect()
         gc.freeze()  # what was made so far stays out of later collections, which would hold batches up
+        waited_s = _waited_s()
         self._began_s = time.perf_counter()
         try:
             self._serve()
@@ -137,7 +142,10 @@ class Engine:
         )
         records.interrupted = interrupted
         records.wall_s = time.perf_counter() - self._began_s
-        return self._with_host_times(records)
+        result = self._with_host_times(records)
+        if waited_s is not None:
+            result.waited_s = (_waited_s() or waited_s) - waited_s
+        return result
 
     # -- time -------------------------------------------------------------------------------------------
 
@@ -313,6 +321,14 @@ class Engine:
             for _ in range(self.executor.num_stages):
                 self.executor.wait()
         self._freed.append(-1)
+
+
+def _waited_s() -> float | None:
+    """Seconds that this thread has been ready to run without a core. Linux counts them."""
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) * 1e-9
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def serve(workload: Workload, setup: LiveSetup, *, progress: Progress | None = None) -> LiveRecords:

@@ -21,9 +21,10 @@ from experiments.ladder import compare_requests
 from experiments.live_records import LiveRun
 from experiments.load import load_config
 from policies.batch import Batch
-from sim.cluster import Cluster
+from sim.cluster import Cluster, simulate
 from sim.replayed import RecordedRun, delay_until, replay, slices_of
 from sim.replica import Replica
+from sim.slowed import simulate_slowed
 from specs.errors import InputError
 from tests.test_live import CONFIG
 from traces.slices import SliceLog
@@ -162,6 +163,14 @@ def test_another_policy_diverges(tmp_path: Path) -> None:
     assert replay(other.workload, other.setup, run).divergence is not None
 
 
+def test_a_slower_machine_decides_as_before_and_takes_longer(tmp_path: Path) -> None:
+    made = experiment(tmp_path, scheduler={"priority": "fcfs", "chunking": "static", "chunk_tokens": 4096})
+    one = replace(made.workload, arrival_s=np.arange(len(made.workload)) * 100.0)  # one at a time
+    plain, slowed = simulate(one, made.setup), simulate_slowed(one, made.setup, 1.7)
+    np.testing.assert_allclose(slowed.ttft_s, 1.7 * plain.ttft_s, rtol=1e-6)
+    np.testing.assert_allclose(slowed.e2e_s, 1.7 * plain.e2e_s, rtol=1e-6)
+
+
 def test_a_delay_ends_at_the_very_moment() -> None:
     rng = np.random.default_rng(1)
     for now_s, ahead_s in zip(rng.uniform(0, 1e4, 2000), rng.uniform(0, 1e-2, 2000), strict=True):
@@ -195,21 +204,23 @@ def test_an_error_may_be_as_large_as_the_tolerance_or_the_noise() -> None:
     # Live runs of 0.9 and 1.1 s: 20 % noise, so 30 % are allowed.
     rows = {
         (row.metric, row.statistic): row
-        for row in compare_requests(summary(1.29), [summary(0.9), summary(1.1)], tolerance)
+        for row in compare_requests(summary(1.29), summary(1.1), [summary(0.9), summary(1.1)], tolerance)
     }
     ttft = rows["ttft_s", "p50"]
     assert (ttft.live_s, ttft.error, ttft.noise, ttft.allowed) == pytest.approx((1.0, 0.29, 0.2, 0.3))
     assert ttft.passes and rows["ttft_s", "p99"].allowed is None
     tpot = rows["tpot_s", "p90"]
     assert (tpot.error, tpot.noise, tpot.allowed) == pytest.approx((0.0, 0.0, 0.1))
-    late = compare_requests(summary(1.31), [summary(0.9), summary(1.1)], tolerance)
+    late = compare_requests(summary(1.31), summary(1.0), [summary(0.9), summary(1.1)], tolerance)
     assert not all(row.passes for row in late)
-    alone = compare_requests(summary(1.06), [summary(1.0)], tolerance)
+    fair = tolerance.model_copy(update={"speed": "measured"})
+    assert all(row.passes for row in compare_requests(summary(2.0), summary(1.04), [summary(1.0)], fair))
+    alone = compare_requests(summary(1.06), summary(1.0), [summary(1.0)], tolerance)
     assert alone[0].noise is None and not all(row.passes for row in alone)
 
 
 def test_a_latency_that_one_side_lacks_never_passes() -> None:
-    rows = compare_requests(summary(1.0, None), [summary(1.0)], RequestTolerance())
+    rows = compare_requests(summary(1.0, None), summary(1.0), [summary(1.0)], RequestTolerance())
     tpot = [row for row in rows if row.metric == "tpot_s"]
     assert tpot and all(row.error == float("inf") for row in tpot)
     assert not all(row.passes for row in tpot)
