@@ -144,6 +144,7 @@ def _predict(options: argparse.Namespace) -> int:
             tp=options.tp,
             spp=options.spp,
             kvp=options.kvp,
+            kvp_tokens_per_group=options.kvp_tokens_per_group,
             chunk=options.chunk,
             decodes=options.decodes,
             context=options.context,
@@ -170,7 +171,7 @@ def _train(options: argparse.Namespace) -> int:
 def _import(options: argparse.Namespace) -> int:
     from experiments.profiles import import_aiconfigurator
 
-    return import_aiconfigurator(options.device, Path(options.out))
+    return import_aiconfigurator(options.device, Path(options.out), force=options.force)
 
 
 def _describe(options: argparse.Namespace) -> int:
@@ -317,6 +318,9 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--spp", type=_count, default=1, help="pipeline stages")
     parser.add_argument("--kvp", type=_count, default=1, help="KV groups")
     parser.add_argument(
+        "--kvp-tokens-per-group", type=_count, default=524288, metavar="N", help="before the next group joins"
+    )
+    parser.add_argument(
         "--chunk", type=_tokens, default=0, metavar="C", help="prompt tokens in the iteration"
     )
     parser.add_argument("--decodes", type=_tokens, default=0, metavar="B", help="decodes in the iteration")
@@ -354,7 +358,8 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("aiconfigurator",), help="whose tables")
     parser.add_argument("--device", required=True, help="a name from `convoy list devices`")
-    parser.add_argument("--out", required=True, metavar="DIR", help="the profile folder to write")
+    parser.add_argument("--out", required=True, metavar="DIR", help="where to put the profile's folder")
+    parser.add_argument("--force", action="store_true", help="replace a profile that is there")
     parser.set_defaults(run=_import)
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from experiments.tables import print_table
 from experiments.text import percent, seconds
+from policies.sharding import Sharding
 from profiler.iteration import IterationModel, OperatorRow
 from profiler.kernels import load_kernels
 from specs import InputError, ParallelSpec, get_device, get_model
@@ -32,6 +33,7 @@ class PredictOptions:
     tp: int = 1
     spp: int = 1
     kvp: int = 1
+    kvp_tokens_per_group: int = 524288
     chunk: int = 0
     decodes: int = 0
     context: int = 0
@@ -47,7 +49,12 @@ def predict(options: PredictOptions) -> int:
     if options.chunk == 0 and options.decodes == 0:
         raise InputError("predict: an iteration without tokens; give --chunk, --decodes or both")
     model, device = get_model(options.model), get_device(options.device)
-    parallel = ParallelSpec(tp=options.tp, spp=options.spp, kvp=options.kvp)
+    parallel = ParallelSpec(
+        tp=options.tp,
+        spp=options.spp,
+        kvp=options.kvp,
+        kvp_tokens_per_group=options.kvp_tokens_per_group,
+    )
     parallel.check(model, device)
     kernels = load_kernels(
         device,
@@ -65,7 +72,8 @@ def predict(options: PredictOptions) -> int:
     if options.as_json:
         print(json.dumps(prediction(rows)))
     else:
-        kvp = f", KVP {options.kvp}" if options.kvp > 1 else ""
+        taking_part = Sharding(options.kvp, options.kvp_tokens_per_group).shards(options.context + 1)
+        kvp = f", KVP {options.kvp} ({taking_part} taking part)" if options.kvp > 1 else ""
         title = f"{model.name} on {device.vendor_name}, TP {options.tp}, SPP {options.spp}{kvp}"
         _print_table(f"{title}: {_what(options)}", rows)
         for note in prediction_notes(iteration):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 
@@ -38,11 +39,11 @@ def train_profile(folder: Path, out: Path | None, *, compare: bool = True, plot:
     return 0
 
 
-def import_aiconfigurator(device: str, out: Path) -> int:
+def import_aiconfigurator(device: str, out: Path, *, force: bool = False) -> int:
     """Turn the tables of the installed ``aiconfigurator-core`` into a profile in a folder of ``out``."""
     from profiler.importers.aiconfigurator import import_profile
 
-    profile = import_profile(device, out)
+    profile = import_profile(device, out, replace=force)
     print(f"{profile.path}: {', '.join(f'{info.key} ({info.rows} rows)' for info in profile.tables)}")
-    print(f"next: convoy train {profile.path}")
+    print(f"next: convoy train {shlex.quote(str(profile.path))}")
     return 0

@@ -157,7 +157,7 @@ def test_bad_requests(package: Path, tmp_path: Path) -> None:
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="aiconfigurator-core is not installed; `pip install convoy-sim"):
+    with pytest.raises(InputError, match="aiconfigurator-core is not installed; in Convoy's folder"):
         import_profile("h100-sxm", tmp_path)
 
 
@@ -174,3 +174,13 @@ def test_the_real_package_gives_the_shipped_tables(device: str, tmp_path: Path) 
     assert [info.sha256 for info in profile.tables] == [info.sha256 for info in shipped.tables]
     largest = max(profile.tables, key=lambda info: info.rows)
     assert np.all(read_table(profile, largest).time_s > 1e-7)
+
+
+def test_a_profile_is_replaced_only_when_asked(package: Path, tmp_path: Path) -> None:
+    folder = import_profile("h100-sxm", tmp_path / "out", root=package, today=DAY).path
+    (folder / "predictor.npz").write_bytes(b"of these tables")
+    with pytest.raises(InputError, match="is there already; add --force"):
+        import_profile("h100-sxm", tmp_path / "out", root=package, today=DAY)
+    assert (folder / "predictor.npz").exists()
+    import_profile("h100-sxm", tmp_path / "out", root=package, today=DAY, replace=True)
+    assert not (folder / "predictor.npz").exists()

@@ -1,4 +1,4 @@
-"""Who may import whom (DESIGN.md section 2), read from the source of every file."""
+"""Who may import whom (docs/architecture.md), read from the source of every file."""
 
 from __future__ import annotations
 
@@ -87,7 +87,19 @@ def test_base_rooms_import_only_what_is_installed_with_them() -> None:
     base = {
         *sys.stdlib_module_names,
         *ROOMS,
-        *("simpy", "numpy", "pandas", "sklearn", "matplotlib", "yaml", "pydantic", "rich", "jinja2", "joblib", "pyarrow"),
+        *(
+            "simpy",
+            "numpy",
+            "pandas",
+            "sklearn",
+            "matplotlib",
+            "yaml",
+            "pydantic",
+            "rich",
+            "jinja2",
+            "joblib",
+            "pyarrow",
+        ),
     }
     for path in source_files():
         room, *inner = path.relative_to(ROOT).parts

@@ -157,6 +157,7 @@ def import_profile(
     backend: str = "vllm",
     version: str | None = None,
     today: datetime.date | None = None,
+    replace: bool = False,
 ) -> Profile:
     """Write the package's tables for `device` as a profile `<out_dir>/<backend>-<version>`.
 
@@ -168,9 +169,11 @@ def import_profile(
         backend: the serving engine whose kernels were timed.
         version: of that engine; by default the newest with all tables.
         today: the date written into the profile.
+        replace: whether a profile that is there may be replaced.
 
     Raises:
-        InputError: unknown device or version, the package or pyarrow is missing, or a file is unsound.
+        InputError: there is a profile already, unknown device or version, the package or pyarrow is missing,
+            or a file is unsound.
     """
     if device not in SYSTEMS:
         hint = did_you_mean(device, SYSTEMS)
@@ -180,7 +183,13 @@ def import_profile(
     system = root / SYSTEMS[device]
     version = version or _newest_complete(system, backend)
     folder = out_dir / f"{backend}-{version}"
-    folder.mkdir(parents=True, exist_ok=True)
+    if not replace and folder.exists():
+        raise InputError(f"{folder}: is there already; add --force to replace its tables and its predictor")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: can't be made ({error.strerror})") from None
+    (folder / "predictor.npz").unlink(missing_ok=True)  # of other tables, perhaps
     tables: list[TableInfo] = []
     for family in _FAMILIES:
         path = system / family.file.format(backend=backend, version=version)
