@@ -22,6 +22,7 @@ format: .venv/installed-for-tests
 
 bench: .venv/installed-for-tests
 	$(BIN)/python -m experiments.bench
+	$(BIN)/python -m experiments.bench_runtime
 
 .venv/created:
 	$(PYTHON) -m venv .venv

@@ -18,6 +18,7 @@ from experiments.cases import load_cases
 from experiments.cli import main
 from experiments.config import RequestTolerance
 from experiments.ladder import compare_requests
+from experiments.live import serve_live
 from experiments.live_records import LiveRun
 from experiments.load import load_config
 from policies.batch import Batch
@@ -27,6 +28,7 @@ from sim.replica import Replica
 from sim.slowed import simulate_slowed
 from specs.errors import InputError
 from tests.test_live import CONFIG
+from traces.records import RunRecords
 from traces.slices import SliceLog
 
 pytest.importorskip("torch")
@@ -386,3 +388,30 @@ def test_cases_are_validated_one_by_one_and_the_worst_decides(
     again = ["validate", str(path), "--out", str(tmp_path / "again"), "--quiet", *replay_options]
     assert main(again) == 0
     assert load_config(tmp_path / "out" / "passes" / "config.yaml").validation.cases == []
+
+
+# -- the convoy effect, simulated and live ----------------------------------------------------------------
+
+PREEMPTION = Path(__file__).parent.parent / "experiments" / "validate" / "preemption.yaml"
+
+
+def short_prompts_ttft_s(records: RunRecords) -> float:
+    """The median over the short prompts."""
+    return float(np.median(records.ttft_s[records.requests["prompt_tokens"] < 1000]))
+
+
+def test_lars_spares_short_prompts_the_wait_for_a_long_one() -> None:
+    ttft_s = {}
+    for case in load_cases(PREEMPTION, []):
+        made = build(case.config, case.where)
+        ttft_s[case.name] = short_prompts_ttft_s(simulate(made.workload, made.setup))
+    assert ttft_s["fcfs"] > 5 * ttft_s["lars"]
+
+
+@pytest.mark.slow
+def test_lars_spares_short_prompts_the_wait_for_a_long_one_live() -> None:
+    ttft_s = {}
+    for case in load_cases(PREEMPTION, []):
+        made = build(case.config, case.where)
+        ttft_s[case.name] = short_prompts_ttft_s(serve_live(made).records)
+    assert ttft_s["fcfs"] > 5 * ttft_s["lars"]
