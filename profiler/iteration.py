@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +39,7 @@ from profiler.layer_parts import (
     row_operators,
     token_operators,
 )
+from profiler.operator_rows import OperatorRow, make_row, time_outside_s
 from profiler.overheads import HostOverhead
 from profiler.shards import ShardTimes
 from specs import ModelSpec, ParallelSpec
@@ -48,24 +48,6 @@ FloatArray = NDArray[np.float64]
 
 
 __all__ = ["HostOverhead", "IterationModel", "OperatorRow"]
-
-
-@dataclass(frozen=True, slots=True)
-class OperatorRow:
-    """One operator's share of an iteration, summed over layers and stages.
-
-    90 % of the times that were held out in training lay between ``low_s`` and ``high_s``; None where nothing
-    was measured. Rows of the same ``kernel`` are wrong together.
-    """
-
-    name: str
-    time_s: float
-    floor_s: float
-    source: str
-    extrapolated: bool
-    low_s: float | None = None
-    high_s: float | None = None
-    kernel: str = ""
 
 
 class IterationModel:
@@ -223,22 +205,22 @@ class IterationModel:
         rows = len(chunks) + decodes
         layers = self.model.num_layers
         result = [
-            _row(name, estimate, layers)
+            make_row(name, estimate, layers)
             for name, estimate in self._token_operators(np.array([float(tokens)]))
         ]
         attention = list(self._attention_operators(chunks, decodes, decode_context))
-        result.extend(_row(name, estimate, layers) for name, estimate in attention)
+        result.extend(make_row(name, estimate, layers) for name, estimate in attention)
         # The merge of KVP groups lies between ranks, not between operators of one.
         parts_s = sum(row.time_s for row in result if not row.name.startswith("kvp")) / layers
         if (beyond := between_operators(self.kernels, np.array([parts_s]))) is not None:
-            result.append(_row("between operators", beyond, layers))
-        result.extend(_row(n, e, layers) for n, e in self._collectives(np.array([float(tokens)])))
+            result.append(make_row("between operators", beyond, layers))
+        result.extend(make_row(n, e, layers) for n, e in self._collectives(np.array([float(tokens)])))
         first = first_operators(self.model, self.kernels, np.array([float(tokens)]))
-        result.extend(_row(name, estimate, 1) for name, estimate in first)
-        result.extend(_row(name, e, 1) for name, e in self._row_operators(np.array([float(rows)])))
+        result.extend(make_row(name, estimate, 1) for name, estimate in first)
+        result.extend(make_row(name, e, 1) for name, e in self._row_operators(np.array([float(rows)])))
         handovers = len(self.stage_layers) - 1
         if handovers:
-            result.append(_row("stage hand-over", self._handover(np.array([float(tokens)])), handovers))
+            result.append(make_row("stage hand-over", self._handover(np.array([float(tokens)])), handovers))
         requests = len(chunks) + decodes
         host_s = self.host.base_s + requests * self.host.per_request_s
         result.append(OperatorRow("host overhead", host_s, 0.0, self.host.source, False))
@@ -338,9 +320,9 @@ class IterationModel:
         self._tokens_table: list[float] = np.interp(dense, knots, layers_s + handovers_s).tolist()
         self._dense = len(self._tokens_table)
         operators = [*self._token_operators(knots), *self._collectives(knots)]
-        outside_s = _outside_s([estimate for _, estimate in operators]) * self.model.num_layers
-        outside_s += _outside_s([each for _, each in first_operators(self.model, self.kernels, knots)])
-        outside_s += _outside_s([self._handover(knots)]) * (len(self.stage_layers) - 1)
+        outside_s = time_outside_s([estimate for _, estimate in operators]) * self.model.num_layers
+        outside_s += time_outside_s([each for _, each in first_operators(self.model, self.kernels, knots)])
+        outside_s += time_outside_s([self._handover(knots)]) * (len(self.stage_layers) - 1)
         self._tokens_outside_line = Polyline(knots, outside_s)
         self._tokens_outside: list[float] = np.interp(dense, knots, outside_s).tolist()
 
@@ -352,7 +334,7 @@ class IterationModel:
         table: list[float] = np.interp(dense, knots, rows_s).tolist()
         table[0] = 0.0  # no row, no LM head
         self._rows_table = table
-        outside_s = _outside_s([estimate for _, estimate in self._row_operators(knots)])
+        outside_s = time_outside_s([estimate for _, estimate in self._row_operators(knots)])
         self._rows_outside: list[float] = np.interp(dense, knots, outside_s).tolist()
         self._rows_outside[0] = 0.0
 
@@ -395,21 +377,3 @@ class IterationModel:
 
     def _layers_s(self, tokens: int) -> float:
         return self._layers_table[tokens] if tokens < self._dense else self._layers_line.at(tokens)
-
-
-def _outside_s(estimates: Sequence[Estimate]) -> FloatArray:
-    """Time of the shapes outside what was measured, added up over operators."""
-    return np.sum([estimate.time_s * estimate.extrapolated for estimate in estimates], axis=0)
-
-
-def _row(name: str, estimate: Estimate, times: int) -> OperatorRow:
-    return OperatorRow(
-        name=name,
-        time_s=float(estimate.time_s.sum()) * times,
-        floor_s=float(estimate.floor_s.sum()) * times,
-        source=estimate.source,
-        extrapolated=bool(estimate.extrapolated.any()),
-        low_s=None if estimate.low_s is None else float(estimate.low_s.sum()) * times,
-        high_s=None if estimate.high_s is None else float(estimate.high_s.sum()) * times,
-        kernel=estimate.kernel,
-    )
