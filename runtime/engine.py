@@ -155,7 +155,7 @@ class Engine:
     def _serve(self) -> None:
         stop_s = float("inf") if self.setup.stop_s is None else self.setup.stop_s
         while self.now_s < stop_s:
-            has_room = self._first_stage_free and len(self._in_flight) < self.executor.num_stages
+            has_room = self._has_room()
             if has_room and self._start_batch():
                 continue
             next_s = self.arrivals.next_s
@@ -177,8 +177,19 @@ class Engine:
             if end_s >= stop_s:
                 self.now_s = stop_s
                 return
+            self._begin_before(end_s)
             self._arrive_until(end_s)
             self._stage_done(done)
+
+    def _begin_before(self, end_s: float) -> None:
+        """Begin the batches of requests that came to a free first stage before ``end_s``, each at its own
+        time: the end of another batch was heard of first, and is told to the scheduler after them."""
+        while self._has_room() and (next_s := self.arrivals.next_s) is not None and next_s < end_s:
+            self._arrive_until(next_s)
+            self._start_batch()
+
+    def _has_room(self) -> bool:
+        return self._first_stage_free and len(self._in_flight) < self.executor.num_stages
 
     def _sleep_until(self, moment_s: float) -> None:
         """Wait for a moment to the microsecond, without burning the processor until the last millisecond."""

@@ -17,7 +17,7 @@ from policies.request import Request  # noqa: E402
 from policies.scheduler import Scheduler, SchedulerSettings  # noqa: E402
 from policies.slo import Slo, TtftTarget  # noqa: E402
 from runtime.engine import HOST_COLUMNS, Engine, LiveSetup, serve  # noqa: E402
-from runtime.executors import LocalExecutor  # noqa: E402
+from runtime.executors import LocalExecutor, StageDone  # noqa: E402
 from runtime.plan import Plan, Slice  # noqa: E402
 from runtime.runner import Runner, RunnerSpec  # noqa: E402
 from runtime.sequences import Prompts  # noqa: E402
@@ -187,6 +187,33 @@ def test_stages_in_processes_work_on_different_batches_at_once():
     ]
     assert sum(overlaps) >= 10
     assert (records.host["schedule_s"][second] == 0).all()
+
+
+class LateExecutor:
+    """Two stages; the second one answers after 50 ms, whatever else happens meanwhile."""
+
+    num_stages = 2
+
+    def __init__(self):
+        self._waiting = []
+
+    def submit(self, plan):
+        tokens = [(each.request, 1) for each in plan.slices if each.samples]
+        self._waiting[:0] = [StageDone(plan.id, 0, [], 0.0, 0.0, 0.0)]
+        self._waiting.append(StageDone(plan.id, 1, tokens, 0.0, 0.0, 0.0))
+
+    def wait(self, timeout_s=None):
+        if self._waiting and self._waiting[0].stage == 1:
+            time.sleep(0.05)
+        return self._waiting.pop(0) if self._waiting else None
+
+
+def test_an_arrival_at_a_free_stage_begins_its_batch_then_even_if_an_end_is_heard_of_first():
+    requests = Workload(np.full(3, 4), np.full(3, 1), np.array([0.0, 0.02, 0.03]))
+    records = Engine(requests, setup(), LateExecutor()).run()
+    first = records.batches["stage"] == 0
+    assert records.batches["start_s"][first][:2].tolist() == [0.0, 0.02]
+    assert (records.batches["start_s"][first][2:] >= 0.05).all()  # two batches are in flight until then
 
 
 def test_a_closed_loop_sends_when_an_answer_is_there():
