@@ -32,6 +32,7 @@ from traces.records import RunRecords
 from traces.slices import SliceLog
 
 pytest.importorskip("torch")
+from runtime.launcher import RankError
 
 LOOSE = {"p50": 1e6, "p90": 1e6}
 TIGHT = {"p50": 1e-9, "p90": 1e-9, "noise_factor": 0.0}
@@ -304,6 +305,40 @@ def test_decisions_under_another_predictor_are_unknown_and_not_blamed(
     path = write(tmp_path, {"predictor": slower, "validate": {"request": LOOSE}})
     assert run(path, "--replay", str(validated)) == 0
     assert "recorded under another cost model than today's" in capsys.readouterr().out
+
+
+def test_ctrl_c_keeps_the_live_run_that_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[LiveRun] = []
+
+    def serve(made: Experiment, progress: Any) -> LiveRun:
+        if served:
+            raise KeyboardInterrupt
+        served.append(serve_live(made, progress))
+        return served[0]
+
+    monkeypatch.setattr("experiments.validate.serve_live", serve)
+    path = write(tmp_path, {"validate": {"request": LOOSE}})
+    assert run(path, "--no-plots") == 130
+    data = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert data["interrupted"] and not data["passes"] and data["live_runs"] == 1
+    assert data["rungs"][2] == {"name": "decisions", "status": "holds", "text": data["rungs"][2]["text"]}
+    assert (tmp_path / "out" / "live-1" / "requests.csv").is_file()
+    suite = ElementTree.parse(tmp_path / "out" / "junit.xml").getroot()[0]
+    assert suite.get("errors") == "1"
+
+
+def test_a_rank_that_dies_fails_its_case_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def serve(made: Experiment, progress: Any) -> LiveRun:
+        raise RankError("rank 1 died: killed by SIGKILL")
+
+    monkeypatch.setattr("experiments.validate.serve_live", serve)
+    path = write(tmp_path)
+    assert run(path) == 1
+    assert "tiny: no verdict: rank 1 died: killed by SIGKILL\n" in capsys.readouterr().out
+    suite = ElementTree.parse(tmp_path / "out" / "junit.xml").getroot()[0]
+    assert suite[0][0].get("message") == "rank 1 died: killed by SIGKILL"
 
 
 BAD: list[tuple[dict[str, Any], list[str], str]] = [
