@@ -153,8 +153,8 @@ def load_kernels(
 def _passed_over(device: DeviceSpec, wanted: Wanted) -> tuple[str, ...]:
     """Why each measured profile of the device doesn't hold, one line each."""
     found = []
-    for profile in list_profiles():
-        if profile.device == device.name and (reason := wanted.mismatch(profile)) is not None:
+    for profile in list_profiles(of=device):
+        if (reason := wanted.mismatch(profile)) is not None:
             found.append(f"{profile.name} {reason}")
     return tuple(found)
 
@@ -184,7 +184,7 @@ def find_profile(
     kinds = {"auto": ("measured", "imported"), "measured": ("measured",), "imported": ("imported",)}
     if source not in kinds:
         raise InputError(f"predictor.source: {source!r} is not one of auto, measured, imported, roofline")
-    profiles = [profile for profile in list_profiles(root) if profile.device == device.name]
+    profiles = list_profiles(root, of=device)
     reasons = []
     for kind in kinds[source]:
         matching = [profile for profile in profiles if profile.source == kind]
@@ -201,9 +201,11 @@ def find_profile(
     raise InputError(f"predictor.source: no {source} profile of {device.name}; there is {have}")
 
 
-def list_profiles(root: Path = PROFILES) -> list[Profile]:
-    """Shipped profiles, sorted by device and name."""
-    return [read_profile(file.parent) for file in sorted(root.glob("*/*/profile.yaml"))]
+def list_profiles(root: Path = PROFILES, *, of: DeviceSpec | None = None) -> list[Profile]:
+    """Shipped profiles, sorted by device and name; all of them, or those of one device."""
+    folders = [folder for folder in sorted(root.glob("*/")) if of is None or folder.name == of.name]
+    files = [file for folder in folders for file in sorted(folder.glob("*/profile.yaml"))]
+    return [read_profile(file.parent) for file in files]
 
 
 def profile_info(path: Path) -> dict[str, str]:

@@ -59,7 +59,8 @@ def _parse_yaml(path: Path, text: str) -> Any:
     import yaml  # only needed for device files, and slow to import
 
     try:
-        return yaml.safe_load(text)
+        # The same loader as safe_load's, written in C where PyYAML was built with it: ten times as fast.
+        return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1} is" if mark is not None else "it is"
