@@ -123,3 +123,16 @@ def test_what_failed_is_not_visited_again(tmp_path: Path) -> None:
     assert visits.count(GEMM[3]) == 1 and visits.count(GEMM[0]) == 2
     assert [str(point) for point, _ in store.failed()] == ["gemm m=8 n=64 k=32"]
     store.close()
+
+
+def test_only_the_chosen_operators_are_visited_again(tmp_path: Path) -> None:
+    store, order = Store(tmp_path, SETUP, resume=False), list[Point]()
+    for point in GEMM:
+        store.add(point, Visit(1e-3, 0.0, 5, 1.0))
+
+    def measure(point: Point) -> Visit:
+        order.append(point)
+        return Visit(1e-3, 0.0, 5, 1.0)
+
+    Session(store, NORM, measure, lambda *_: [], 100.0, only=("norm",)).run()
+    assert {point.operator for point in order} == {"norm"} and len(order) == 2 * len(NORM)

@@ -189,7 +189,9 @@ def measure(options: MeasureOptions, say: Callable[[str], None] = print) -> Outc
     interrupted = False
     try:
         with progress(real.budget_s) as on_visit:
-            Session(store, coarse, measurer.visit, _if_possible(refine), real.budget_s, on_visit).run()
+            Session(
+                store, coarse, measurer.visit, _if_possible(refine), real.budget_s, on_visit, options.only
+            ).run()
     except KeyboardInterrupt:
         interrupted = True
         say("interrupted: what was measured is kept; --resume goes on")

@@ -35,6 +35,7 @@ class Session:
         refine: proposes points beyond the grid.
         budget_s: of all visits, those of resumed sessions included.
         on_visit: called after each visit with the share of the budget that is spent.
+        only: operators to visit again; all if empty. The store may hold others.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Session:
         refine: Refine,
         budget_s: float,
         on_visit: Callable[[Point, Visit, float], None] = lambda point, visit, spent: None,
+        only: Sequence[str] = (),
     ) -> None:
         self.store = store
         self.budget_s = budget_s
@@ -52,6 +54,7 @@ class Session:
         self._measure = measure
         self._refine = refine
         self._on_visit = on_visit
+        self._only = only
 
     def run(self) -> None:
         """Measure until the budget is spent or nothing is left to learn. Ctrl-C passes through: what was
@@ -86,7 +89,11 @@ class Session:
             yield unsteady
 
     def _sound(self) -> list[Point]:
-        return [point for point, measured in self.store.points.items() if measured.status == OK]
+        return [
+            point
+            for point, measured in self.store.points.items()
+            if measured.status == OK and (not self._only or point.operator in self._only)
+        ]
 
     def _least_steady(self) -> Point | None:
         """The point whose visits disagree most, if it is worth another."""
