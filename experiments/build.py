@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import gcd
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,7 @@ def build(config: Config, where: str) -> Experiment:
         slos = _slos(config, workload.slo_names)
         sharding = Sharding(parallel.kvp, parallel.kvp_tokens_per_group)
         notes = _check_lengths(workload, model, memory, sharding)
+        notes += _check_prefixes(workload, config)
         iteration = _iteration_model(config, model, device, parallel, workload)
         scheduler = config.scheduler
         setup = Setup(
@@ -98,6 +100,7 @@ def build(config: Config, where: str) -> Experiment:
             send_until_s=config.workload.duration_s,
             seed=config.seed,
             stop_s=config.stop_s,
+            prefix_block_tokens=None if workload.prefix is None else workload.prefix.block_tokens,
         )
     return Experiment(config, model, device, parallel, memory, iteration, workload, setup, notes)
 
@@ -281,9 +284,34 @@ def _check_lengths(
             f"{model.name} attends to the last {model.sliding_window:,} tokens only; attention is timed, and "
             "its KV cache counted, as if to all of them."
         )
-    if workload.prefix is not None:
-        notes.append("Prefixes that requests share are not reused: every prompt is computed in full.")
     return tuple(notes)
+
+
+def _check_prefixes(workload: Workload, config: Config) -> tuple[str, ...]:
+    """Notes on what requests share, and whether that is used.
+
+    Raises:
+        InputError: prefixes can't be cached as the configuration asks.
+    """
+    prefix, kv = workload.prefix, config.scheduler.kv
+    if not kv.prefix_caching:
+        if prefix is None:
+            return ()
+        return ("Prefixes that requests share are not reused (scheduler.kv.prefix_caching): every prompt is "
+            "computed in full.",)  # fmt: skip
+    if config.parallel.kvp > 1:
+        raise InputError(
+            f"scheduler.kv.prefix_caching: prefixes can't be cached over several KVP groups; parallel.kvp is "
+            f"{config.parallel.kvp}, 1 would do"
+        )
+    if prefix is None:
+        return ("The workload doesn't say what prompts share, so no prefix is found in the cache.",)
+    if prefix.block_tokens % kv.block_tokens:
+        raise InputError(
+            f"scheduler.kv.block_tokens: {kv.block_tokens} doesn't divide the {prefix.block_tokens} tokens "
+            f"of the workload's prefix blocks, as prefix caching needs; {gcd(prefix.block_tokens, 16)} would"
+        )
+    return ()
 
 
 def _holder(sharding: Sharding) -> str:

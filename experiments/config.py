@@ -78,10 +78,12 @@ class ParallelConfig(Section):
 
 
 class KvConfig(Section):
-    """The paged KV cache: tokens per block, and the share of blocks that admission leaves free."""
+    """The paged KV cache: tokens per block, the share of blocks that admission leaves free, and whether
+    prefixes that prompts share are computed once."""
 
     block_tokens: Annotated[Count, Field(le=65536)] = _POLICY.block_tokens
     watermark: Annotated[float, Field(ge=0, lt=1)] = _POLICY.watermark
+    prefix_caching: bool = _POLICY.prefix_caching
 
 
 class SchedulerConfig(Section):

@@ -63,7 +63,14 @@ def _devices() -> tuple[Row, Iterable[Row]]:
 
 def _policies() -> tuple[Row, Iterable[Row]]:
     from policies.priorities import PRIORITIES
-    from policies.routers import JoinShortestQueue, LeastLoaded, LengthPartitioned, Random, RoundRobin
+    from policies.routers import (
+        CacheAware,
+        JoinShortestQueue,
+        LeastLoaded,
+        LengthPartitioned,
+        Random,
+        RoundRobin,
+    )
 
     routers = {
         "round_robin": RoundRobin,
@@ -71,6 +78,7 @@ def _policies() -> tuple[Row, Iterable[Row]]:
         "least_loaded": LeastLoaded,
         "join_shortest_queue": JoinShortestQueue,
         "length_partitioned": LengthPartitioned,
+        "cache_aware": CacheAware,
     }
     rows = [(name, "scheduler.priority", _first_line(kind)) for name, kind in PRIORITIES.items()]
     rows.append(("module:Class", "scheduler.priority", "Your own subclass of policies.priorities.Priority."))

@@ -106,6 +106,10 @@ def live_setup(experiment: Experiment) -> LiveSetup:
     config, setup = experiment.config, experiment.setup
     if setup.replicas != 1:
         raise InputError(f"parallel.replicas: the live runtime serves one replica, not {setup.replicas}")
+    if config.scheduler.kv.prefix_caching:
+        raise InputError(
+            "scheduler.kv.prefix_caching: the live runtime computes every prompt in full; false would do"
+        )
     if config.dtype.weight == "fp8" or config.dtype.kv != config.dtype.weight:
         raise InputError(
             f"dtype: the live runtime computes and caches in one format, bf16 or fp32, not with weights in "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class Request:
         "completed_tokens",
         "deadline_s",
         "first_token_s",
+        "held_prefix",
         "home",
         "id",
         "kv_blocks",
@@ -39,11 +41,13 @@ class Request:
         "pool_entry_step",
         "preemptions",
         "prefill_tokens",
+        "prefix_ids",
         "prompt_tokens",
         "scheduled_s",
         "scheduled_tokens",
         "shards",
         "slo_class",
+        "stored_prefix",
         "work_s",
     )
 
@@ -57,6 +61,7 @@ class Request:
         *,
         work_s: float = 0.0,
         deadline_s: float = 0.0,
+        prefix_ids: Sequence[int] = (),
     ) -> None:
         self.id = id
         self.arrival_s = arrival_s
@@ -75,6 +80,9 @@ class Request:
         self.kv_blocks = 0  # blocks it holds, as of its entry into the decode pool
         self.home = 0  # KVP group of its first tokens
         self.shards = 1  # KVP groups that it will have taken when it is finished
+        self.prefix_ids = prefix_ids  # of the prefix blocks that its prompt fills, in prompt order
+        self.held_prefix: list[int] = []  # of them, those whose blocks it counts as its own
+        self.stored_prefix = 0  # how many of them others may find
         self.pool: DecodePool | None = None
         self.pool_entry_step = 0
         self._generated = 0

@@ -24,6 +24,15 @@ class ReplicaLoad(Protocol):
         """Prompt tokens there that no batch has taken yet."""
         ...
 
+    @property
+    def kv_tokens_in_use(self) -> int:
+        """Tokens of the KV blocks that requests hold there."""
+        ...
+
+    def cached_tokens(self, request: Request) -> int:
+        """Leading tokens of its prompt that need not be computed there."""
+        ...
+
 
 class Router(Protocol):
     """Picks a replica for each request as it arrives."""
@@ -94,7 +103,30 @@ class LengthPartitioned:
         return min(part, key=lambda i: replicas[i].outstanding)
 
 
-ROUTERS = ("round_robin", "random", "least_loaded", "join_shortest_queue", "length_partitioned")
+class CacheAware:
+    """The fewest tokens to compute and to keep: cached prefixes count as done.
+
+    To compute are the prompt tokens that wait there and those of the request that aren't cached; to keep are
+    those in KV blocks, which decodes read each step. (NVIDIA Dynamo's KV router weighs the two, in blocks.)
+    """
+
+    def route(self, request: Request, replicas: Sequence[ReplicaLoad]) -> int:
+        return min(range(len(replicas)), key=lambda i: (self._work(request, replicas[i]), i))
+
+    @staticmethod
+    def _work(request: Request, replica: ReplicaLoad) -> int:
+        to_compute = replica.pending_prefill_tokens + request.prompt_tokens - replica.cached_tokens(request)
+        return to_compute + replica.kv_tokens_in_use
+
+
+ROUTERS = (
+    "round_robin",
+    "random",
+    "least_loaded",
+    "join_shortest_queue",
+    "length_partitioned",
+    "cache_aware",
+)
 
 
 def make_router(
@@ -115,4 +147,6 @@ def make_router(
         return JoinShortestQueue()
     if name == "length_partitioned":
         return LengthPartitioned(threshold_tokens, long_replicas)
+    if name == "cache_aware":
+        return CacheAware()
     raise InputError(f"'{name}' is not a known router ({', '.join(ROUTERS)})")

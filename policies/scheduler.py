@@ -19,6 +19,7 @@ from policies.decode_pool import DecodePool
 from policies.kv_cache import GroupedKVCache
 from policies.lane import Lane
 from policies.placement import PendingWork
+from policies.prefix_cache import PrefixCache
 from policies.priorities import LARS
 from policies.queue import Rank
 from policies.request import Request
@@ -43,12 +44,14 @@ class Scheduler:
         slos: one per SLO class, for the deadlines.
         stages: pipeline stages of the replica.
         sharding: its KVP groups; None is one group.
+        prefix_block_tokens: tokens of a block of the requests' ``prefix_ids``; needed for prefix caching.
 
     Attributes:
         running: requests that hold KV blocks: prefilling, decoding or in flight.
         outstanding: requests here that haven't finished.
         pending_prefill_tokens: prompt tokens not yet in a batch, over all requests here.
         preemptions: recompute preemptions so far.
+        prefixes: the KV cache, if it keeps prefixes.
     """
 
     def __init__(
@@ -60,11 +63,20 @@ class Scheduler:
         slos: Sequence[Slo] = (Slo(),),
         stages: int = 1,
         sharding: Sharding | None = None,
+        prefix_block_tokens: int | None = None,
     ) -> None:
         self.settings = settings
         self.slos = slos
         self.sharding = sharding = sharding or Sharding()
         self.kv = GroupedKVCache(kv_capacity_tokens, settings.block_tokens, settings.watermark, sharding)
+        self.prefixes: PrefixCache | None = None
+        if settings.prefix_caching and prefix_block_tokens is not None:
+            if sharding.groups > 1:
+                raise ValueError("prefixes aren't cached over several KVP groups")
+            self.prefixes = PrefixCache(
+                kv_capacity_tokens, settings.block_tokens, settings.watermark, prefix_block_tokens
+            )
+            self.kv.groups[0] = self.prefixes
         self._slowest: SlowestGroup | None = None
         if sharding.groups > 1:
             if not isinstance(cost, ShardedCostModel):
@@ -190,6 +202,15 @@ class Scheduler:
             return self.cost.chunk_attention_s(chunk.tokens, chunk.context)
         return sum(self._slowest.by_shard_s(chunk.tokens, chunk.context))
 
+    def cached_tokens(self, request: Request) -> int:
+        """Leading tokens of a prompt that are in the KV cache now; 0 if it keeps no prefixes."""
+        return 0 if self.prefixes is None else self.prefixes.cached_tokens(request)
+
+    @property
+    def kv_tokens_in_use(self) -> int:
+        """Tokens of the KV blocks that requests hold here."""
+        return self.kv.used_blocks * self.kv.block_tokens
+
     # -- groups -----------------------------------------------------------------------------------------
 
     def _lane_of(self, request: Request) -> Lane:
@@ -204,7 +225,10 @@ class Scheduler:
 
     def _give_back(self, request: Request) -> None:
         """Free the KV blocks of a request, and its seats."""
-        self.kv.give_back(request.home, request.kv_blocks)
+        if self.prefixes is None:
+            self.kv.give_back(request.home, request.kv_blocks)
+        else:
+            self.prefixes.leave(request)
         request.kv_blocks = 0
         self.running -= 1
         for group in self._groups_of(request):
@@ -385,6 +409,8 @@ class Scheduler:
             return False
         if not self._may_run(request):
             return False
+        if self.prefixes is not None and not request.kv_blocks:
+            self._skip_to(request, self.prefixes.cached_tokens(request))
         loads = self._loads_of_chunk(request, batch)
         yield_fraction = self._yield_fraction(request, batch, is_long)
         if len(loads) == 1:
@@ -394,6 +420,8 @@ class Scheduler:
         else:
             tokens = min(self.chunking.chunk_tokens(request, load, yield_fraction) for load in loads)
         if tokens == 0:
+            if not request.kv_blocks:
+                self._skip_to(request, 0)
             return False
         if is_long:
             sharing.update(self._groups_of(request))
@@ -417,10 +445,21 @@ class Scheduler:
         if self._memory_shut and not self._memory_shut.isdisjoint(groups):
             return False
         has_seat = max([self._seats[group] for group in groups]) < self.settings.max_batch_requests
-        if has_seat and self.kv.can_admit(request.home, self.kv.blocks_for(request.prefill_tokens)):
+        if has_seat and self._has_room(request):
             return True
         self._memory_shut.update(groups)
         return False
+
+    def _has_room(self, request: Request) -> bool:
+        """Whether the KV blocks that its prefill needs are free."""
+        if self.prefixes is not None:
+            return self.prefixes.can_admit(self.prefixes.new_blocks(request))
+        return self.kv.can_admit(request.home, self.kv.blocks_for(request.prefill_tokens))
+
+    def _skip_to(self, request: Request, tokens: int) -> None:
+        """The first ``tokens`` tokens of a request not admitted yet are in the cache, it seems."""
+        self.pending_prefill_tokens -= tokens - request.scheduled_tokens
+        request.scheduled_tokens = request.completed_tokens = tokens
 
     def _yield_fraction(self, request: Request, batch: Batch, is_long: bool) -> float:
         """Space sharing: a long request leaves the share ρ of the iteration to short ones."""
@@ -432,7 +471,10 @@ class Scheduler:
     def _schedule(self, request: Request, tokens: int, batch: Batch, loads: Sequence[Load]) -> None:
         if request.kv_blocks == 0:
             request.kv_blocks = self.kv.blocks_for(request.prefill_tokens)
-            self.kv.take(request.home, request.kv_blocks)
+            if self.prefixes is None:
+                self.kv.take(request.home, request.kv_blocks)
+            else:
+                self.prefixes.admit(request)
             self.running += 1
             for group in self._groups_of(request):
                 self._seats[group] += 1
@@ -452,6 +494,8 @@ class Scheduler:
                 load.count_chunk(tokens, chunk.is_last and shard == 0, attention_s)
         request.scheduled_tokens += tokens
         self.pending_prefill_tokens -= tokens
+        if self.prefixes is not None:
+            self.prefixes.store(request, request.scheduled_tokens)
 
     def _requeue(self, batch: Batch) -> None:
         for request, _, _ in batch.chunks:

@@ -30,6 +30,7 @@ class SchedulerSettings:
     max_skips: int = 10
     block_tokens: int = 16
     watermark: float = 0.01
+    prefix_caching: bool = False
 
 
 def make_priority(settings: SchedulerSettings, work: PrefillWork) -> Priority:

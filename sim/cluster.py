@@ -41,6 +41,7 @@ class Setup:
         closed_loop: clients that wait for their answers; None for an open loop.
         seed: of the random streams.
         stop_s: when the clock stops; None lets every request finish.
+        prefix_block_tokens: tokens of the workload's prefix blocks; None if it has none.
     """
 
     cost: IterationCost
@@ -56,6 +57,7 @@ class Setup:
     send_until_s: float | None = None
     seed: int = 0
     stop_s: float | None = None
+    prefix_block_tokens: int | None = None
 
 
 class Cluster:
@@ -78,6 +80,7 @@ class Cluster:
         self._prompt_tokens: list[int] = workload.prompt_tokens.tolist()
         self._output_tokens: list[int] = workload.output_tokens.tolist()
         self._classes: list[int] | None = None if workload.slo_class is None else workload.slo_class.tolist()
+        self._prefix = workload.prefix if setup.scheduler.prefix_caching else None
         self._alive: dict[int, Request] = {}
         self._router = make_router(
             setup.router,
@@ -93,6 +96,7 @@ class Cluster:
                 slos=setup.slos,
                 stages=len(setup.cost.stage_layers),
                 sharding=setup.sharding,
+                prefix_block_tokens=setup.prefix_block_tokens,
             )
             for _ in range(setup.replicas)
         ]
@@ -129,7 +133,11 @@ class Cluster:
             interrupted = True
         for request in self._alive.values():
             self._record_progress(request)
-        kv = self.schedulers[0].kv
+        kv, work = self.schedulers[0].kv, self.recorder.work
+        for scheduler in self.schedulers:
+            if scheduler.prefixes is not None:
+                work.looked_up_tokens += scheduler.prefixes.looked_up_tokens
+                work.reused_tokens += scheduler.prefixes.reused_tokens
         records = self.recorder.records(
             replicas=len(self.replicas),
             kv_capacity_blocks=kv.capacity_blocks,
@@ -144,6 +152,9 @@ class Cluster:
         slo_class = self._classes[index] if self._classes is not None else 0
         prompt_tokens, output_tokens = self._prompt_tokens[index], self._output_tokens[index]
         request = Request(index, arrival_s, prompt_tokens, output_tokens, slo_class)
+        if self._prefix is not None:
+            full = prompt_tokens // self._prefix.block_tokens
+            request.prefix_ids = self._prefix.row(index)[:full].tolist()
         chosen = self._router.route(request, self.schedulers)
         fits = self.schedulers[chosen].fits(request)
         self.recorder.arrival(

@@ -66,6 +66,9 @@ def summarize(
         result["kv_utilization"] = kv
     if records.work.predicted_s > 0:
         result["extrapolated_time_share"] = records.work.extrapolated_s / records.work.predicted_s
+    if records.work.looked_up_tokens:
+        result["prefix_hit_rate"] = records.work.reused_tokens / records.work.looked_up_tokens
+        result["prefix_reused_tokens"] = records.work.reused_tokens
     if records.interrupted:
         result["interrupted"] = True
     return result | dict(extra or {})

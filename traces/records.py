@@ -68,6 +68,8 @@ class Work:
     kv_tokens_read: int = 0
     extrapolated_s: float = 0.0
     predicted_s: float = 0.0
+    looked_up_tokens: int = 0  # of prefills admitted to a cache of prefixes
+    reused_tokens: int = 0  # of them, found there
 
 
 @dataclass(slots=True)
