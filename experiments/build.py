@@ -19,6 +19,7 @@ from policies.sharding import Sharding
 from policies.slo import Slo, TtftTarget
 from profiler.iteration import HostOverhead, IterationModel
 from profiler.kernels import load_kernels
+from profiler.ring import RingModel
 from sim.cluster import Setup
 from specs import (
     DeviceSpec,
@@ -225,7 +226,8 @@ def _iteration_model(
         longest = workload.prompt_tokens.astype(np.int64) + workload.output_tokens
         longest_chunk = max(longest_chunk, int(longest.max()))
     host = config.predictor.host
-    return IterationModel(
+    kind = RingModel if parallel.cp > 1 else IterationModel
+    return kind(
         model,
         kernels,
         parallel,

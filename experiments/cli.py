@@ -145,6 +145,8 @@ def _predict(options: argparse.Namespace) -> int:
             spp=options.spp,
             kvp=options.kvp,
             kvp_tokens_per_group=options.kvp_tokens_per_group,
+            cp=options.cp,
+            ring=options.ring,
             chunk=options.chunk,
             decodes=options.decodes,
             context=options.context,
@@ -320,6 +322,8 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kvp-tokens-per-group", type=_count, default=524288, metavar="N", help="before the next group joins"
     )
+    parser.add_argument("--cp", type=_count, default=1, help="context parallelism: ranks in a ring")
+    parser.add_argument("--ring", choices=("striped", "contiguous"), default="striped", help="its tokens")
     parser.add_argument(
         "--chunk", type=_tokens, default=0, metavar="C", help="prompt tokens in the iteration"
     )

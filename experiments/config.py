@@ -75,6 +75,8 @@ class ParallelConfig(Section):
     kvp: Count = 1
     pipeline: Literal["stream", "microbatch"] = "stream"
     kvp_tokens_per_group: Count = 524288
+    cp: Count = 1
+    ring: Literal["striped", "contiguous"] = "striped"
 
 
 class KvConfig(Section):
@@ -322,6 +324,15 @@ class Config(Section):
             if len(keys) > 1:
                 _check_rows(names, len(keys), values)
         return sweep
+
+    @model_validator(mode="after")
+    def _a_ring_takes_whole_prompts(self) -> Config:
+        if self.parallel.cp > 1 and self.scheduler.chunking != "whole":
+            raise ValueError(
+                f"parallel.cp: a prefill holds the {self.parallel.cp} ranks of its ring to the end, so "
+                f"scheduler.chunking must be whole, and is {self.scheduler.chunking}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _some_replicas_stay_for_short_prompts(self) -> Config:

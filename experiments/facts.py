@@ -46,6 +46,8 @@ def _layout(experiment: Experiment) -> str:
         f"static chunks of {scheduler.chunk_tokens}" if scheduler.chunking == "static" else scheduler.chunking
     )
     groups = f", KVP {parallel.kvp}" if parallel.kvp > 1 else ""
+    if parallel.cp > 1:
+        groups += f", CP {parallel.cp} ({parallel.ring} ring)"
     return f"{replicas} of TP {parallel.tp}, {stages} {parallel.spp}{groups}; {scheduler.priority}, {chunks}"
 
 

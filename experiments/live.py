@@ -110,6 +110,10 @@ def live_setup(experiment: Experiment) -> LiveSetup:
         raise InputError(
             "scheduler.kv.prefix_caching: the live runtime computes every prompt in full; false would do"
         )
+    if experiment.parallel.cp > 1:
+        raise InputError(
+            f"parallel.cp: the live runtime has no rings; 1 is possible, not {experiment.parallel.cp}"
+        )
     if config.dtype.weight == "fp8" or config.dtype.kv != config.dtype.weight:
         raise InputError(
             f"dtype: the live runtime computes and caches in one format, bf16 or fp32, not with weights in "

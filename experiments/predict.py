@@ -15,6 +15,7 @@ from experiments.text import percent, seconds
 from policies.sharding import Sharding
 from profiler.iteration import IterationModel, OperatorRow
 from profiler.kernels import load_kernels
+from profiler.ring import RingModel
 from specs import InputError, ParallelSpec, get_device, get_model
 
 _SOURCES = ("measured", "imported", "roofline", "assumed")
@@ -34,6 +35,8 @@ class PredictOptions:
     spp: int = 1
     kvp: int = 1
     kvp_tokens_per_group: int = 524288
+    cp: int = 1
+    ring: Literal["striped", "contiguous"] = "striped"
     chunk: int = 0
     decodes: int = 0
     context: int = 0
@@ -54,6 +57,8 @@ def predict(options: PredictOptions) -> int:
         spp=options.spp,
         kvp=options.kvp,
         kvp_tokens_per_group=options.kvp_tokens_per_group,
+        cp=options.cp,
+        ring=options.ring,
     )
     parallel.check(model, device)
     kernels = load_kernels(
@@ -65,7 +70,7 @@ def predict(options: PredictOptions) -> int:
         model=model,
         tp=options.tp,
     )
-    iteration = IterationModel(model, kernels, parallel)
+    iteration = (RingModel if options.cp > 1 else IterationModel)(model, kernels, parallel)
     chunks = [(options.chunk, options.context)] if options.chunk else []
     # A decode attends to at least its own token.
     rows = iteration.explain(chunks, options.decodes, options.decodes * max(options.context, 1))
@@ -74,8 +79,13 @@ def predict(options: PredictOptions) -> int:
     else:
         taking_part = Sharding(options.kvp, options.kvp_tokens_per_group).shards(options.context + 1)
         kvp = f", KVP {options.kvp} ({taking_part} taking part)" if options.kvp > 1 else ""
-        title = f"{model.name} on {device.vendor_name}, TP {options.tp}, SPP {options.spp}{kvp}"
+        cp = f", CP {options.cp} ({options.ring})" if options.cp > 1 else ""
+        title = f"{model.name} on {device.vendor_name}, TP {options.tp}, SPP {options.spp}{kvp}{cp}"
         _print_table(f"{title}: {_what(options)}", rows)
+        if isinstance(iteration, RingModel):
+            border = iteration.ring.overlap_tokens()
+            held = f"once a rank holds {border:,} tokens of it" if border else "at any length"
+            print(f"In a whole prompt, attention hides the transfers round the ring {held}.")
         for note in prediction_notes(iteration):
             print(note)
     return 0

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from policies.sharding import Sharding
 from profiler.decode_run import DecodeRun, Polyline
-from profiler.estimate import Estimate
+from profiler.estimate import BoolArray, Estimate
 from profiler.kernels import Kernels
 from profiler.knots import (
     DENSE_TOKENS,
@@ -138,7 +138,7 @@ class IterationModel:
         """The same with every operator's times multiplied by its factor; see ``Kernels.perturbed``."""
         kernels = self.kernels.perturbed(factors)
         host = None if self.host_is_unknown else self.host
-        return IterationModel(self.model, kernels, self.parallel, host=host, **self._limits)
+        return type(self)(self.model, kernels, self.parallel, host=host, **self._limits)
 
     # -- what a simulator asks besides ------------------------------------------------------------------
 
@@ -201,8 +201,8 @@ class IterationModel:
             decodes: number of decodes.
             decode_context: sum of their contexts, tokens.
         """
-        tokens = sum(chunk for chunk, _ in chunks) + decodes
-        rows = len(chunks) + decodes
+        tokens = self._tokens_of_rank(sum(chunk for chunk, _ in chunks) + decodes)
+        rows = self._tokens_of_rank(len(chunks) + decodes)
         layers = self.model.num_layers
         result = [
             make_row(name, estimate, layers)
@@ -210,8 +210,9 @@ class IterationModel:
         ]
         attention = list(self._attention_operators(chunks, decodes, decode_context))
         result.extend(make_row(name, estimate, layers) for name, estimate in attention)
-        # The merge of KVP groups lies between ranks, not between operators of one.
-        parts_s = sum(row.time_s for row in result if not row.name.startswith("kvp")) / layers
+        # What goes between ranks lies not between operators of one.
+        within = [row.time_s for row in result if not row.name.startswith(("kvp", "ring transfer"))]
+        parts_s = sum(within) / layers
         if (beyond := between_operators(self.kernels, np.array([parts_s]))) is not None:
             result.append(make_row("between operators", beyond, layers))
         result.extend(make_row(n, e, layers) for n, e in self._collectives(np.array([float(tokens)])))
@@ -235,6 +236,10 @@ class IterationModel:
         return model.linear_flops_per_token() * tokens + model.lm_head_flops_per_row() * rows + attention
 
     # -- operators --------------------------------------------------------------------------------------
+
+    def _tokens_of_rank(self, tokens: int) -> int:
+        """Of so many tokens of an iteration, those that pass through one rank's layers."""
+        return tokens
 
     def _token_operators(self, tokens: FloatArray) -> list[tuple[str, Estimate]]:
         """Operators of one layer on one GPU that depend on the number of tokens alone; no collectives."""
@@ -303,6 +308,16 @@ class IterationModel:
             decodes, total_context, self._heads, self._kv_heads, self.model.head_dim
         )
 
+    def _chunk_layers(self, chunk: FloatArray, context: FloatArray) -> tuple[FloatArray, BoolArray]:
+        """Seconds of a chunk's attention in all layers, and whether that is extrapolated."""
+        estimate = self._chunk_estimate(chunk, context)
+        return self._within_layers_s(estimate), estimate.extrapolated
+
+    def _decode_layers(self, decodes: FloatArray, total_context: FloatArray) -> tuple[FloatArray, BoolArray]:
+        """The same of decodes."""
+        estimate = self._decode_estimate(decodes, total_context)
+        return self._within_layers_s(estimate), estimate.extrapolated
+
     # -- grids ------------------------------------------------------------------------------------------
 
     def _compile_tokens(self, max_tokens: int) -> None:
@@ -341,8 +356,9 @@ class IterationModel:
     def _compile_chunks(self, max_chunk: int) -> None:
         chunks = chunk_knots(max_chunk, self._heads // self._kv_heads)
         contexts = np.concatenate([[0.0], geometric(32, LONGEST_TOKENS, 3)])
-        estimate = self._chunk_estimate(*(a.ravel() for a in np.meshgrid(chunks, contexts, indexing="ij")))
-        times = self._within_layers_s(estimate).reshape(len(chunks), len(contexts))
+        sizes, behind = (a.ravel() for a in np.meshgrid(chunks, contexts, indexing="ij"))
+        times_s, extrapolated = self._chunk_layers(sizes, behind)
+        times = times_s.reshape(len(chunks), len(contexts))
         times = np.maximum.accumulate(np.maximum.accumulate(times, axis=0), axis=1)
         self._chunk_knots: list[int] = chunks.astype(int).tolist()
         self._context_knots: list[int] = contexts.astype(int).tolist()
@@ -351,19 +367,18 @@ class IterationModel:
         self._chunk_scales: list[float] = (1.0 / np.diff(chunks)).tolist()
         self._context_scales: list[float] = (1.0 / np.diff(contexts)).tolist()
         self._chunk_rows: list[list[float]] = times.tolist()
-        outside = estimate.extrapolated.reshape(times.shape)
-        self._chunk_limits = measured_limits(contexts, outside)
+        self._chunk_limits = measured_limits(contexts, extrapolated.reshape(times.shape))
 
     def _compile_decodes(self, max_decodes: int) -> None:
         batches = np.unique(np.concatenate([[1, 2, 3, 4, 6], geometric(8, max(max_decodes, 16), 2)]))
         contexts = geometric(1, LONGEST_TOKENS, 4)  # mean context of a decode
         batch, mean = (a.ravel() for a in np.meshgrid(batches, contexts, indexing="ij"))
-        estimate = self._decode_estimate(batch, batch * mean)
-        times = self._within_layers_s(estimate).reshape(len(batches), len(contexts))
+        times_s, extrapolated = self._decode_layers(batch, batch * mean)
+        times = times_s.reshape(len(batches), len(contexts))
         self._decode_grid = np.maximum.accumulate(np.maximum.accumulate(times, axis=0), axis=1)
         self._decode_knots: list[int] = batches.astype(int).tolist()
         self._mean_contexts = contexts
-        self._decode_limits = measured_limits(contexts, estimate.extrapolated.reshape(times.shape))
+        self._decode_limits = measured_limits(contexts, extrapolated.reshape(times.shape))
         self._decode_lines: dict[int, Polyline] = {}
 
     def _decode_line(self, decodes: int) -> Polyline:

@@ -24,7 +24,7 @@ class MemoryFit:
     reserved_bytes: int  # what utilisation leaves free, and activations
     kv_bytes: int
     kv_bytes_per_token: int  # on this GPU: its stage's layers, its rank's KV heads
-    kv_capacity_tokens: int  # tokens that one KV group of the replica can hold
+    kv_capacity_tokens: int  # tokens that one KV group of the replica, or its ring of ranks, can hold
 
 
 def fit_memory(
@@ -41,7 +41,8 @@ def fit_memory(
     """Divide the memory of each GPU between weights, activations and KV cache.
 
     As in vLLM, only `memory_utilization` of the memory is used; the rest is left to the driver, the
-    CUDA context, NCCL and fragmentation. Every KV group holds a full copy of the weights.
+    CUDA context, NCCL and fragmentation. Every KV group, and every rank of a ring, holds a full copy of
+    the weights.
 
     Raises:
         InputError: the model doesn't fit, or an argument is impossible; says by how much and what would fit.
@@ -86,7 +87,8 @@ class _Shape:
         reserved = unused + self._activation_bytes(parallel.tp, last)
         kv_bytes = self.device.memory_bytes - weights - reserved
         per_token = 2 * layers * (self.model.kv_size // parallel.tp) * dtype_bytes(self.kv_dtype, "kv_dtype")
-        return MemoryFit(weights, reserved, kv_bytes, per_token, max(0, kv_bytes // per_token))
+        capacity = max(0, kv_bytes // per_token) * parallel.cp  # a ring spreads every request evenly
+        return MemoryFit(weights, reserved, kv_bytes, per_token, capacity)
 
     def _weights_bytes(self, tp: int, layers: int, first: bool, last: bool) -> int:
         """Weights of one rank of a stage: matrices are cut by `tp`, norms and biases counted in full.

@@ -10,15 +10,20 @@ from specs.errors import InputError, did_you_mean
 from specs.models import ModelSpec
 
 Pipeline = Literal["stream", "microbatch"]
+Ring = Literal["striped", "contiguous"]
 MAX_KVP = 1024  # groups of a replica; each has its own part in every batch
+MAX_CP = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class ParallelSpec:
-    """The three dimensions of a replica and how many replicas there are (arXiv 2409.17264).
+    """The dimensions of a replica and how many replicas there are (arXiv 2409.17264).
+
+    Context parallelism is an alternative to the pipeline and to KV groups: ``cp`` > 1 goes with neither.
 
     Raises:
-        InputError: at construction, for a size that is not a positive whole number or an unknown pipeline.
+        InputError: at construction, for a size that is not a positive whole number, an unknown pipeline or
+            ring, or dimensions that don't go together.
     """
 
     replicas: int = 1
@@ -27,23 +32,34 @@ class ParallelSpec:
     kvp: int = 1  # KV groups: one long request's cache is cut along the sequence over so many
     pipeline: Pipeline = "stream"  # stream (SPP): a request's chunks follow each other; microbatch: plain PP
     kvp_tokens_per_group: int = 524288  # group g joins once a request has more than g times this many
+    cp: int = 1  # context parallelism: the tokens of a prompt are split over so many ranks in a ring
+    ring: Ring = "striped"  # which tokens a rank has: every cp-th, or a contiguous part
 
     def __post_init__(self) -> None:
-        for key in ("replicas", "tp", "spp", "kvp", "kvp_tokens_per_group"):
+        for key in ("replicas", "tp", "spp", "kvp", "kvp_tokens_per_group", "cp"):
             value = getattr(self, key)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"parallel.{key}: must be a whole number of at least 1, not {value!r}")
         if self.kvp > MAX_KVP:
             raise InputError(f"parallel.kvp: {self.kvp} is more than {MAX_KVP}, the most that is simulated")
-        known = get_args(Pipeline)
-        if self.pipeline not in known:
-            hint = did_you_mean(str(self.pipeline), known)
-            raise InputError(f"parallel.pipeline: {self.pipeline!r} is none of {', '.join(known)}{hint}")
+        if self.cp > MAX_CP:
+            raise InputError(f"parallel.cp: {self.cp} is more than {MAX_CP}, the most that is simulated")
+        for key, kinds in (("pipeline", Pipeline), ("ring", Ring)):
+            value, known = getattr(self, key), get_args(kinds)
+            if value not in known:
+                hint = did_you_mean(str(value), known)
+                raise InputError(f"parallel.{key}: {value!r} is none of {', '.join(known)}{hint}")
+        if self.cp > 1 and self.spp * self.kvp > 1:
+            other = "spp" if self.spp > 1 else "kvp"
+            raise InputError(
+                f"parallel.cp: {self.cp} ranks in a ring don't go together with parallel.{other} "
+                f"{getattr(self, other)}; one of the two must be 1"
+            )
 
     @property
     def gpus_per_replica(self) -> int:
-        """GPUs of one replica: tp × spp × kvp."""
-        return self.tp * self.spp * self.kvp
+        """GPUs of one replica: tp × spp × kvp × cp."""
+        return self.tp * self.spp * self.kvp * self.cp
 
     @property
     def gpus(self) -> int:
