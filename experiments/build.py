@@ -264,7 +264,7 @@ def _check_lengths(
             f"shortest request has {int(_largest_shard(longest - 1, sharding).min()):,} there; give it more "
             "GPUs (parallel.tp, parallel.spp), or take kv: fp8 in dtype"
         )
-    notes = []
+    notes = [f"The trace: {note}." for note in workload.notes]
     if over:
         notes.append(
             f"{over:,} {of_all} need more than the {capacity:,} tokens that the KV cache of "

@@ -407,6 +407,19 @@ def test_requests_that_can_t_fit_are_rejected_and_named(
     assert rejected[5:10] == ["", "rejected", "", "", ""]
 
 
+def test_what_a_trace_left_out_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    header = "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+    rows = "0,ChatGPT,100,20,120,Conversation log\n1,ChatGPT,100,0,100,Conversation log\n"
+    (folder / "burst.csv").write_text(header + rows)
+    data = run_with(
+        workload__lengths={"trace": "burst.csv"},
+        workload__arrivals={"process": "trace"},
+        workload__num_requests=None,
+    )
+    assert main(["run", write(folder, data), "--no-plots", "--out", "result"]) == 0
+    assert "1 requests with 0 response tokens failed and are left out" in capsys.readouterr().out
+
+
 def test_the_clock_can_be_stopped(folder: Path) -> None:
     data = run_with(stop_s=2.0)
     assert main(["run", write(folder, data), "--no-plots", "--quiet", "--out", "result"]) == 0

@@ -328,6 +328,7 @@ class TestFormats:
         reading = read_trace_with_notes(write(tmp_path / "t.csv", SAMPLES["burstgpt"][1], False))
         assert (reading.format, reading.left_out) == ("burstgpt", 1)
         assert reading.notes == ("1 requests with 0 response tokens failed and are left out",)
+        assert read_trace(tmp_path / "t.csv").head(1).notes == reading.notes
 
     def test_estimates_are_confessed(self, tmp_path: Path) -> None:
         reading = read_trace_with_notes(write(tmp_path / "t.json", SAMPLES["sharegpt, estimated"][1], False))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from specs.errors import InputError, did_you_mean
@@ -33,11 +33,13 @@ def read_trace(path: str | Path, format: str = "auto") -> Workload:
     Formats: ``azure`` (2023 and 2024), ``burstgpt`` (requests with 0 response tokens failed and are left
     out), ``vidur``, ``splitwise``, ``lengths`` (no times), ``convoy`` (our own CSV), ``mooncake`` and
     ``groundtruth`` (one JSON object a line, with prefix blocks), ``sharegpt`` (no times).
+    What was left out or estimated stands in the workload's notes.
 
     Raises:
         InputError: the file is unreadable or in no known format, or a row is impossible; names the row.
     """
-    return read_trace_with_notes(path, format).workload
+    reading = read_trace_with_notes(path, format)
+    return replace(reading.workload, notes=reading.notes) if reading.notes else reading.workload
 
 
 def read_trace_with_notes(path: str | Path, format: str = "auto") -> Reading:

@@ -75,6 +75,7 @@ class Workload:
     slo_class: NDArray[np.uint8] | None = None  # [n], index into slo_names; None: all of the first class
     slo_names: tuple[str, ...] = ("default",)
     prefix: PrefixBlocks | None = None
+    notes: tuple[str, ...] = ()  # what was left out or estimated when it was read, one sentence each
 
     def __post_init__(self) -> None:
         prompt = _lengths("prompt_tokens", self.prompt_tokens)
@@ -124,6 +125,7 @@ class Workload:
             slo_class=None if self.slo_class is None else self.slo_class[index],
             slo_names=self.slo_names,
             prefix=None if self.prefix is None else self.prefix.take(index),
+            notes=self.notes,
         )
 
     def with_arrivals(self, arrival_s: ArrayLike | None) -> Workload:
