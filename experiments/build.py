@@ -71,6 +71,10 @@ def build(config: Config, where: str) -> Experiment:
         model, device = get_model(config.model), get_device(config.device)
         parallel = ParallelSpec(**config.parallel.model_dump())
         check_sharding(parallel, config.scheduler.kv.block_tokens)
+        if config.scheduler.async_scheduling and parallel.spp > 1:
+            raise InputError(
+                f"scheduler.async_scheduling: is for replicas of one stage; parallel.spp is {parallel.spp}"
+            )
         memory = _fit_memory(config, model, device, parallel)
         settings = _scheduler_settings(config)
         workload, closed_loop = build_workload(
@@ -139,7 +143,7 @@ def _scheduler_settings(config: Config) -> SchedulerSettings:
     except InputError as error:
         raise InputError(f"scheduler.priority: {error}") from None
     check_priority(scheduler.priority)
-    own = {"router", "length_threshold_tokens", "long_replicas", "kv"}
+    own = {"preset", "router", "length_threshold_tokens", "long_replicas", "kv"}
     return SchedulerSettings(
         **scheduler.model_dump(exclude=own), **scheduler.kv.model_dump(), pipeline=config.parallel.pipeline
     )

@@ -26,6 +26,7 @@ from pydantic.fields import FieldInfo
 from policies.priorities import PRIORITIES
 from policies.routers import ROUTERS
 from policies.scheduler import SchedulerSettings
+from policies.settings import PRESETS
 
 _POLICY = SchedulerSettings()  # its defaults are ours
 
@@ -93,8 +94,10 @@ class SchedulerConfig(Section):
 
     ``chunk_tokens`` belongs to static chunks; ``length_threshold_tokens`` and ``long_replicas`` to the
     router length_partitioned. They may stand there unused, so that a sweep can vary the policy.
+    ``preset`` names what a real engine does: defaults for all the keys that aren't given.
     """
 
+    preset: str | None = None
     priority: str = _POLICY.priority
     chunking: Literal["whole", "static", "adaptive"] = _POLICY.chunking
     chunk_tokens: Count = _POLICY.chunk_tokens
@@ -108,10 +111,21 @@ class SchedulerConfig(Section):
     long_request_tokens: Count = _POLICY.long_request_tokens
     max_yield_fraction: Annotated[float, Field(ge=0, lt=1)] = _POLICY.max_yield_fraction
     max_skips: Count = _POLICY.max_skips
+    async_scheduling: bool = _POLICY.async_scheduling
     router: str = "least_loaded"
     length_threshold_tokens: Count = 8192
     long_replicas: Count = 1
     kv: KvConfig = KvConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_sets_defaults(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping) or not isinstance(name := value.get("preset"), str):
+            return value
+        preset = PRESETS[known_name(name, tuple(PRESETS), "preset")]
+        kv = value.get("kv", {})
+        both = {"kv": {**preset["kv"], **kv}} if isinstance(kv, Mapping) else {}
+        return {**preset, **value, **both}
 
     @field_validator("priority")
     @classmethod

@@ -71,6 +71,7 @@ def _policies() -> tuple[Row, Iterable[Row]]:
         Random,
         RoundRobin,
     )
+    from policies.settings import PRESETS
 
     routers = {
         "round_robin": RoundRobin,
@@ -84,6 +85,7 @@ def _policies() -> tuple[Row, Iterable[Row]]:
     rows.append(("module:Class", "scheduler.priority", "Your own subclass of policies.priorities.Priority."))
     rows += [(name, "scheduler.chunking", text) for name, text in _CHUNKING.items()]
     rows += [(name, "scheduler.packing", text) for name, text in _PACKING.items()]
+    rows += [(name, "scheduler.preset", _PRESETS[name]) for name in PRESETS]
     rows += [(name, "scheduler.router", _first_line(kind)) for name, kind in routers.items()]
     return ("policy", "key", "what it does"), rows
 
@@ -93,6 +95,7 @@ _CHUNKING = {
     "static": "chunk_tokens tokens a batch, decodes included, as in Sarathi.",
     "adaptive": "The largest chunk that keeps an iteration within target_iteration_s, as in Medha.",
 }
+_PRESETS = {"vllm-v1": "vLLM's scheduler since version 1; keys that are given as well win."}
 _PACKING = {
     "decode_first": "Decodes, then chunks beside them, as in Sarathi and vLLM v1.",
     "prefill_first": "Prefills alone while there are any, as in vLLM v0.",

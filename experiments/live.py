@@ -106,6 +106,10 @@ def live_setup(experiment: Experiment) -> LiveSetup:
     config, setup = experiment.config, experiment.setup
     if setup.replicas != 1:
         raise InputError(f"parallel.replicas: the live runtime serves one replica, not {setup.replicas}")
+    if config.scheduler.async_scheduling:
+        raise InputError(
+            "scheduler.async_scheduling: the live runtime plans a batch when the last is over; false would do"
+        )
     if config.scheduler.kv.prefix_caching:
         raise InputError(
             "scheduler.kv.prefix_caching: the live runtime computes every prompt in full; false would do"

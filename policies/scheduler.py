@@ -104,11 +104,16 @@ class Scheduler:
         self._seats = [0] * sharding.groups  # requests that hold KV blocks in a group, or will
         self._memory_shut: set[int] = set()  # groups where somebody could not be admitted to the last batch
         self._next_batch_id = 0
+        # With asynchronous scheduling, what has happened since the last batch was formed, which the next one
+        # can't know: it is planned as that one begins.
+        self._unseen: list[Request] = []
+        self._leaving: list[Request] = []
+        self._news = False  # whether the last batch was formed without something that the next one knows
 
     @property
     def waiting(self) -> int:
         """Requests with prefill left that aren't in flight."""
-        waiting = 0
+        waiting = len(self._unseen)
         for lane in self._lanes:
             waiting += len(lane.admitted) + len(lane.unadmitted)
         return waiting
@@ -127,10 +132,36 @@ class Scheduler:
         self._placement.place(request)
         self.outstanding += 1
         self.pending_prefill_tokens += request.remaining_prefill_tokens
-        self._lane_of(request).unadmitted.push(request)
+        if self.settings.async_scheduling:
+            self._unseen.append(request)
+        else:
+            self._lane_of(request).unadmitted.push(request)
 
     def next_batch(self, now_s: float) -> Batch | None:
-        """The next batch at ``now_s``; None when there is nothing that can run."""
+        """The next batch at ``now_s``; None when there is nothing that can run.
+
+        With asynchronous scheduling it is the one that was planned when the batch before it began: of what
+        has come and gone since, it knows nothing. If that leaves it nothing to do it is planned now.
+        """
+        batch = self._form(now_s)
+        if self.settings.async_scheduling:
+            self._news = self._take_notice()
+            if batch is None and self._news:
+                batch = self._form(now_s)
+        return batch
+
+    def _take_notice(self) -> bool:
+        """Let requests in that have arrived, let go of those that have finished; whether there were any."""
+        news = bool(self._unseen or self._leaving)
+        for request in self._unseen:
+            self._lane_of(request).unadmitted.push(request)
+        for request in self._leaving:
+            self._give_back(request)
+        self._unseen.clear()
+        self._leaving.clear()
+        return news
+
+    def _form(self, now_s: float) -> Batch | None:
         batch = Batch(self._next_batch_id, now_s, self.sharding.groups)
         if self.settings.packing == "decode_first":
             self._add_decodes(batch)
@@ -148,7 +179,9 @@ class Scheduler:
         """For how many steps, this one included, next_batch would return the same decodes and nothing
         else, provided that no request is added and that no other batch is in flight. Always one with
         several KVP groups."""
-        if batch.chunks or not batch.pools or self.sharding.groups > 1 or not self._stays_shut():
+        if batch.chunks or not batch.pools or self.sharding.groups > 1:
+            return 1
+        if self._news or not self._stays_shut():
             return 1
         pool = batch.pools[0]
         steps = pool.steps_to_finish()
@@ -191,8 +224,11 @@ class Scheduler:
                 self._emit_first_token(request, now_s, finished)
         if self.settings.pipeline == "microbatch":
             self._requeue(batch)
-        for request in finished:
-            self._give_back(request)
+        if self.settings.async_scheduling:
+            self._leaving += finished
+        else:
+            for request in finished:
+                self._give_back(request)
         self.outstanding -= len(finished)
         return finished
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from policies.chunking import AdaptiveChunks, Chunking, StaticChunks, WholePrompts
 from policies.cost import CostModel, PrefillWork
@@ -31,6 +31,25 @@ class SchedulerSettings:
     block_tokens: int = 16
     watermark: float = 0.01
     prefix_caching: bool = False
+    async_scheduling: bool = False
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # vLLM's first scheduler of version 1 and what came after it (0.8 to 0.2x): running requests first, then
+    # waiting ones in the order of arrival, all within one token budget; the next step is planned while this
+    # one runs. Names there: max_num_batched_tokens is chunk_tokens, max_num_seqs is max_batch_requests.
+    "vllm-v1": {
+        "priority": "fcfs",
+        "chunking": "static",
+        "chunk_tokens": 2048,
+        "packing": "decode_first",
+        "max_batch_requests": 256,
+        "max_skips": 1,
+        "async_scheduling": True,
+        "kv": {"block_tokens": 16, "watermark": 0.0, "prefix_caching": True},
+    },
+}
+"""Named settings: what a real engine does, in the keys of a configuration."""
 
 
 def make_priority(settings: SchedulerSettings, work: PrefillWork) -> Priority:
