@@ -223,6 +223,14 @@ def _iteration_model(
         model=model,
         tp=parallel.tp,
     )
+    if factors := config.predictor.factors:
+        for name in factors:
+            if name not in kernels.operators:
+                raise InputError(
+                    f"predictor.factors.{name}: is no operator with a table in this profile"
+                    f"{suggestion(name, tuple(kernels.operators))} ({', '.join(sorted(kernels.operators))})"
+                )
+        kernels = kernels.perturbed(factors)
     scheduler = config.scheduler
     longest_chunk = max(scheduler.max_chunk_tokens, scheduler.chunk_tokens)
     if scheduler.chunking == "whole":
@@ -238,8 +246,18 @@ def _iteration_model(
         max_batch_tokens=max(scheduler.max_batch_tokens, longest_chunk),
         max_batch_requests=scheduler.max_batch_requests,
         max_chunk_tokens=longest_chunk,
-        host=None if host is None else HostOverhead(host.base_s, host.per_request_s),
+        host=None
+        if host is None
+        else HostOverhead(host.base_s, host.per_request_s, prefill_s=host.prefill_s),
+        graph_tokens=graph_sizes(config.predictor.cuda_graphs),
     )
+
+
+def graph_sizes(largest: int) -> tuple[int, ...]:
+    """Batches that vLLM makes CUDA graphs for, up to ``largest`` tokens: 1, 2, 4, multiples of 8 below 256
+    and of 16 from there."""
+    sizes = [1, 2, 4, *range(8, 256, 8), *range(256, largest + 1, 16)]
+    return tuple(size for size in sizes if size <= largest)
 
 
 def _slos(config: Config, names: tuple[str, ...]) -> tuple[Slo, ...]:

@@ -171,9 +171,11 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
-    from experiments.profiles import import_aiconfigurator
+    from experiments.profiles import import_tables
 
-    return import_aiconfigurator(options.device, Path(options.out), force=options.force)
+    return import_tables(
+        options.what, options.tables, options.device, options.model, Path(options.out), force=options.force
+    )
 
 
 def _describe(options: argparse.Namespace) -> int:
@@ -360,7 +362,14 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("aiconfigurator",), help="whose tables")
+    parser.description = (
+        "Turns published kernel times into a profile: aiconfigurator, the tables of the installed package, "
+        "for all models; llmservingsim, a folder of LLMServingSim's tables of one model; layerwise, a table "
+        "of aiconfigurator's layer-wise collector of one model."
+    )
+    parser.add_argument("what", choices=("aiconfigurator", "llmservingsim", "layerwise"), help="whose tables")
+    parser.add_argument("tables", nargs="?", metavar="PATH", help="where they are (not for aiconfigurator)")
+    parser.add_argument("--model", help="of which model they are (not for aiconfigurator)")
     parser.add_argument("--device", required=True, help="a name from `convoy list devices`")
     parser.add_argument("--out", required=True, metavar="DIR", help="where to put the profile's folder")
     parser.add_argument("--force", action="store_true", help="replace a profile that is there")

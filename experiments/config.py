@@ -53,18 +53,26 @@ class Section(BaseModel):
 
 
 class HostConfig(Section):
-    """Time that the host adds to each iteration, seconds."""
+    """Time that the host adds to each iteration, seconds; ``prefill_s`` to those with prompt tokens."""
 
     base_s: NotNegative = 0.0
     per_request_s: NotNegative = 0.0
+    prefill_s: NotNegative = 0.0
 
 
 class PredictorConfig(Section):
-    """Where kernel times come from. ``profile`` is a profile folder of the user's own."""
+    """Where kernel times come from. ``profile`` is a profile folder of the user's own.
+
+    ``cuda_graphs`` is the largest batch, in tokens, that runs as a CUDA graph made for a few sizes (vLLM's),
+    so that a smaller one is padded; 0 for none. ``factors`` multiply the times of operators, as a calibration
+    found them.
+    """
 
     source: Literal["auto", "measured", "imported", "roofline"] = "auto"
     profile: str | None = None
     host: HostConfig | None = None
+    cuda_graphs: Annotated[int, BeforeValidator(_whole), Field(ge=0, le=65536)] = 0
+    factors: dict[str, Positive] = Field(default_factory=dict)
 
 
 class ParallelConfig(Section):

@@ -6,6 +6,8 @@ import argparse
 import shlex
 from pathlib import Path
 
+from specs.errors import InputError
+
 
 def profile_device(options: argparse.Namespace) -> int:
     """Measure the device that is here and train predictors, or check a profile; returns the exit status.
@@ -36,6 +38,31 @@ def train_profile(folder: Path, out: Path | None, *, compare: bool = True, plot:
         path = report.predictor_path.with_suffix(".png")
         draw(report, path)
         print(f"plot: {path}")
+    return 0
+
+
+def import_tables(
+    what: str, tables: str | None, device: str, model: str | None, out: Path, *, force: bool = False
+) -> int:
+    """Turn somebody's tables into a profile in a folder of ``out``; returns the exit status.
+
+    Raises:
+        InputError: an argument is missing or too many, or the tables are unsound.
+    """
+    if what == "aiconfigurator":
+        if tables is not None or model is not None:
+            raise InputError("import aiconfigurator: takes its tables from the package, for all models")
+        return import_aiconfigurator(device, out, force=force)
+    if tables is None or model is None:
+        raise InputError(f"import {what}: needs a PATH to the tables, and --model")
+    from profiler.importers import layerwise, llmservingsim
+
+    importer = {"llmservingsim": llmservingsim, "layerwise": layerwise}[what]
+    profile = importer.import_profile(Path(tables), device, model, out, replace=force)
+    for info in profile.tables:
+        dropped = "".join(f", {count} {reason} left out" for reason, count in info.dropped.items())
+        print(f"{info.key}: {info.rows} rows{dropped}")
+    print(f"next: predictor: {{profile: {profile.path}}} in a configuration")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -83,14 +84,16 @@ class Batch(Load):
         chunks: prefill chunks, in the order they were chosen.
         pools: the decodes, one token each.
         loads: what each KVP group executes; without KV-cache parallelism that is the batch itself.
+        joint_s: of its attention, what is beyond the sum of its chunks and its decodes.
     """
 
-    __slots__ = ("_group_loads", "chunks", "formed_s", "id", "pools")
+    __slots__ = ("_group_loads", "chunks", "formed_s", "id", "joint_s", "pools")
 
     def __init__(self, id: int, formed_s: float, groups: int = 1) -> None:
         super().__init__()
         self.id = id
         self.formed_s = formed_s
+        self.joint_s = 0.0
         self.chunks: list[Chunk] = []
         self.pools: list[DecodePool] = []
         self._group_loads = tuple(Load() for _ in range(groups)) if groups > 1 else None
@@ -129,6 +132,17 @@ class Batch(Load):
         """Add a chunk whose attention is predicted to take ``attention_s`` seconds."""
         self.chunks.append(chunk)
         self.count_chunk(chunk.tokens, chunk.is_last, attention_s)
+
+    def take_longer(self, joint_s: float) -> None:
+        """Its attention takes ``joint_s`` seconds beyond the sum of its chunks and its decodes."""
+        self.joint_s = joint_s
+        self.attention_s += joint_s
+
+    def decode_spread(self) -> float:
+        """Standard deviation of the decodes' contexts, tokens."""
+        squares = sum(pool.total_square for pool in self.pools)
+        mean = self.decode_context / self.num_decodes
+        return math.sqrt(max(squares / self.num_decodes - mean * mean, 0.0))
 
     def add_decodes(self, pool: DecodePool, attention_s: float) -> None:
         """Add every member of ``pool``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 MIN_CHUNK_TOKENS = (
     32  # step of the chunk search and smallest chunk (as in the code of Medha, arXiv 2409.17264)
@@ -28,6 +28,23 @@ class CostModel(Protocol):
 
     def decode_attention_s(self, decodes: int, total_context: int) -> float:
         """Seconds of attention, over all layers, of decodes whose contexts add up to ``total_context``."""
+        ...
+
+
+@runtime_checkable
+class JointAttention(Protocol):
+    """A cost model that also knows what attention takes beyond the sum of chunks and decodes.
+
+    Attributes:
+        joint_is_known: whether it does so for what it was made for.
+    """
+
+    joint_is_known: bool
+
+    def joint_attention_s(self, chunk_tokens: int, decodes: int, total_context: int, spread: float) -> float:
+        """Seconds beyond that sum, over all layers: because chunks, ``chunk_tokens`` tokens together, and
+        decodes share a batch, and because the decodes' contexts differ, with ``spread`` tokens of standard
+        deviation. May be below 0."""
         ...
 
 

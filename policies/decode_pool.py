@@ -19,6 +19,7 @@ class DecodePool:
         steps: steps taken since the pool was made; a member's own progress is measured against it.
         total_context: tokens in all members' KV caches, which is what the next step attends to
             besides the new tokens themselves.
+        total_square: sum of the squares of the members' contexts.
         last_step_s: when the last step ended; NaN before the first.
     """
 
@@ -31,12 +32,14 @@ class DecodePool:
         "members",
         "steps",
         "total_context",
+        "total_square",
     )
 
     def __init__(self, block_tokens: int) -> None:
         self.members: dict[int, Request] = {}
         self.steps = 0
         self.total_context = 0
+        self.total_square = 0
         self.last_step_s = NOT_YET
         # Members that haven't taken a step in this pool yet, counted by the time of their last token.
         self._newcomers: dict[float, int] = {}
@@ -56,6 +59,7 @@ class DecodePool:
         request.pool_entry_step = self.steps
         self.members[request.id] = request
         self.total_context += context
+        self.total_square += context * context
         self._phases[(self.steps - context) % self._block_tokens] += 1
         heappush(self._ends, (self.steps + remaining, request.id))
         since_s = request.last_token_s
@@ -66,6 +70,7 @@ class DecodePool:
         del self.members[request.id]
         context = request.kv_tokens
         self.total_context -= context
+        self.total_square -= context * context
         self._phases[(self.steps - context) % self._block_tokens] -= 1
         request.generated_tokens = request.generated_tokens
         request.kv_blocks = -(-context // self._block_tokens)
@@ -96,6 +101,7 @@ class DecodePool:
         the pool, in the order of their ids.
         """
         self.steps += steps
+        self.total_square += steps * (2 * self.total_context + steps * len(self.members))
         self.total_context += steps * len(self.members)
         self.last_step_s = end_s
         if self._newcomers:

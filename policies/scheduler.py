@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from policies.batch import Batch, Chunk, Load
-from policies.cost import CostModel, PrefillWork
+from policies.cost import CostModel, JointAttention, PrefillWork
 from policies.decode_pool import DecodePool
 from policies.kv_cache import GroupedKVCache
 from policies.lane import Lane
@@ -83,6 +83,8 @@ class Scheduler:
                 raise TypeError("several KVP groups need a cost model that knows shards and merges")
             self._slowest = SlowestGroup(cost, sharding)
         self.cost = self._slowest or cost
+        knows_joint = isinstance(self.cost, JointAttention) and self.cost.joint_is_known
+        self._joint: JointAttention | None = self.cost if knows_joint else None  # type: ignore[assignment]
         self.work = PrefillWork(
             self.cost,
             target_s=settings.target_iteration_s,
@@ -172,6 +174,9 @@ class Scheduler:
                 self._add_decodes(batch)
         if batch.requests == 0:
             return None
+        if self._joint is not None and batch.num_decodes:
+            shape = batch.prefill_tokens, batch.num_decodes, batch.decode_context
+            batch.take_longer(self._joint.joint_attention_s(*shape, batch.decode_spread()))
         self._next_batch_id += 1
         return batch
 

@@ -20,6 +20,7 @@ _SHAPES = (
     "intermediate_size",
     "vocab_size",
 )
+_WITH_TYPES = ("gemm", "prefill_attention", "forward_pass")
 # What sets the shapes of a rank's kernels: the same layer, however many of them.
 _OF_A_LAYER = ("head_dim", "hidden_size", "num_heads", "num_kv_heads", "intermediate_size", "vocab_size")
 
@@ -58,10 +59,10 @@ def mismatch(
 
     Imported tables span many shapes and hold for all.
     """
-    if profile.source != "measured":
+    if profile.source != "measured" and not profile.model:
         return None
     wanted = {_stored(weight_dtype), _stored(kv_dtype)}
-    measured = {info.dtype for info in profile.tables if info.operator in ("gemm", "prefill_attention")}
+    measured = {info.dtype for info in profile.tables if info.operator in _WITH_TYPES}
     if measured and not wanted <= measured:
         missing = ", ".join(sorted(wanted - measured))
         return f"was measured in {', '.join(sorted(measured))}, not in {missing}"

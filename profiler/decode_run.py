@@ -54,7 +54,8 @@ class Piece(NamedTuple):
 class DecodeRun:
     """``steps`` steps of ``decodes`` decodes, each step adding one token to every context.
 
-    Step k takes ``constant_s`` plus ``attention`` at the total context ``total_context + k · decodes``.
+    Step k takes ``constant_s``, ``joint_s`` (attention that goes by none of these sizes) and ``attention`` at
+    the total context ``total_context + k · decodes``.
     While that stays within one segment of the polyline the durations form an arithmetic series, so a
     run has one :class:`Piece` for each segment that it touches.
     """
@@ -62,10 +63,17 @@ class DecodeRun:
     __slots__ = ("_ends_s", "constant_s", "pieces", "steps", "total_s")
 
     def __init__(
-        self, attention: Polyline, constant_s: float, total_context: int, decodes: int, steps: int
+        self,
+        attention: Polyline,
+        constant_s: float,
+        total_context: int,
+        decodes: int,
+        steps: int,
+        joint_s: float = 0.0,
     ) -> None:
         self.steps = steps
         self.constant_s = constant_s
+        constant_s += joint_s
         self.pieces: list[Piece] = []
         self._ends_s: list[float] = []
         elapsed_s = 0.0

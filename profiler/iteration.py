@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from policies.sharding import Sharding
 from profiler.decode_run import DecodeRun, Polyline
 from profiler.estimate import BoolArray, Estimate
+from profiler.joint import JointTable
 from profiler.kernels import Kernels
 from profiler.knots import (
     DENSE_TOKENS,
@@ -63,6 +64,8 @@ class IterationModel:
         max_batch_requests: requests an iteration may hold.
         max_chunk_tokens: the longest chunk, for the grid.
         host: host overhead per iteration; None takes what was measured with the kernels, if it was.
+        graph_tokens: token counts that CUDA graphs were made for; a batch that fits into one takes as long as
+            the smallest that holds it, attention aside.
 
     Attributes:
         stage_layers: layers of each stage.
@@ -79,6 +82,7 @@ class IterationModel:
         max_batch_requests: int = 256,
         max_chunk_tokens: int = 8192,
         host: HostOverhead | None = None,
+        graph_tokens: Sequence[int] = (),
     ) -> None:
         self.model = model
         self.kernels = kernels
@@ -90,6 +94,7 @@ class IterationModel:
             "max_batch_requests": max_batch_requests,
             "max_chunk_tokens": max_chunk_tokens,
         }
+        self._graph_tokens = tuple(sorted(graph_tokens))
         self.stage_layers = parallel.layers_of_stage(model)
         self._heads = model.num_heads // parallel.tp
         self._kv_heads = model.num_kv_heads // parallel.tp
@@ -98,6 +103,8 @@ class IterationModel:
         self._compile_rows(max_batch_requests)
         self._compile_chunks(max_chunk_tokens)
         self._compile_decodes(max_batch_requests)
+        heads = self._heads, self._kv_heads, model.head_dim
+        self._joint = JointTable(kernels, heads, model.num_layers, max_chunk_tokens, max_batch_requests)
         self._sharding = Sharding(parallel.kvp, parallel.kvp_tokens_per_group)
         self._shards = ShardTimes(model, kernels, parallel, np.array(self._chunk_knots, dtype=np.float64))
 
@@ -107,7 +114,13 @@ class IterationModel:
         """Seconds of all but attention, over all layers and stages: see ``CostModel.tokens_s``."""
         by_tokens = self._tokens_table[tokens] if tokens < self._dense else self._tokens_line.at(tokens)
         by_rows = self._rows_table[rows] if rows < len(self._rows_table) else self._rows_line.at(rows)
-        return by_tokens + by_rows + self.host.base_s + requests * self.host.per_request_s
+        return by_tokens + by_rows + self._host_s(tokens, requests)
+
+    def _host_s(self, tokens: int, requests: int) -> float:
+        """The host's time; more tokens than requests are a prefill's."""
+        host = self.host
+        prefill_s = host.prefill_s if tokens > requests else 0.0
+        return host.base_s + requests * host.per_request_s + prefill_s
 
     def chunk_attention_s(self, chunk_tokens: int, context_tokens: int) -> float:
         """Seconds of attention of one chunk, over all layers."""
@@ -125,6 +138,15 @@ class IterationModel:
         line = self._decode_lines.get(decodes) or self._decode_line(decodes)
         return line.at(total_context)
 
+    @property
+    def joint_is_known(self) -> bool:
+        """Whether attention of whole batches was measured, not only of their parts."""
+        return self._joint.is_known
+
+    def joint_attention_s(self, chunk_tokens: int, decodes: int, total_context: int, spread: float) -> float:
+        """Seconds of attention of all layers beyond the sum of chunks and decodes; see ``JointAttention``."""
+        return self._joint.at(chunk_tokens, decodes, total_context, spread)
+
     def shard_attention_s(self, chunk_tokens: int, shard_tokens: int) -> float:
         """Seconds of attention of a chunk over a shard with none of its own keys, over all layers."""
         share = 0.0 if self.kernels.layer is None else self.kernels.layer.share
@@ -138,15 +160,17 @@ class IterationModel:
         """The same with every operator's times multiplied by its factor; see ``Kernels.perturbed``."""
         kernels = self.kernels.perturbed(factors)
         host = None if self.host_is_unknown else self.host
-        return type(self)(self.model, kernels, self.parallel, host=host, **self._limits)
+        graphs = self._graph_tokens
+        return type(self)(self.model, kernels, self.parallel, host=host, graph_tokens=graphs, **self._limits)
 
     # -- what a simulator asks besides ------------------------------------------------------------------
 
-    def decode_run(self, decodes: int, total_context: int, steps: int) -> DecodeRun:
-        """``steps`` steps of the same decodes, every context one token longer each step."""
+    def decode_run(self, decodes: int, total_context: int, steps: int, joint_s: float = 0.0) -> DecodeRun:
+        """``steps`` steps of the same decodes, every context one token longer each step; attention takes
+        ``joint_s`` seconds more in each."""
         line = self._decode_lines.get(decodes) or self._decode_line(decodes)
         constant_s = self.tokens_s(decodes, decodes, decodes)
-        return DecodeRun(line, constant_s, total_context, decodes, steps)
+        return DecodeRun(line, constant_s, total_context, decodes, steps, joint_s)
 
     def stage_times_s(self, tokens: int, rows: int, requests: int, attention_s: float) -> list[float]:
         """Seconds of each stage for a batch; their sum is the iteration's, hand-overs not included.
@@ -157,7 +181,7 @@ class IterationModel:
         by_tokens = self._layers_s(tokens) + attention_s
         layers = self.model.num_layers
         times = [by_tokens * count / layers for count in self.stage_layers]
-        times[0] += self.host.base_s + requests * self.host.per_request_s
+        times[0] += self._host_s(tokens, requests)
         times[-1] += self._rows_table[rows] if rows < len(self._rows_table) else self._rows_line.at(rows)
         return times
 
@@ -172,7 +196,7 @@ class IterationModel:
         found = self._tokens_outside[tokens] if dense else self._tokens_outside_line.at(tokens)
         found += self._rows_outside[min(rows, len(self._rows_outside) - 1)]
         if self.host.source == "assumed":
-            found += self.host.base_s + requests * self.host.per_request_s
+            found += self._host_s(tokens, requests)
         return found
 
     def chunk_is_extrapolated(self, chunk_tokens: int, context_tokens: int) -> bool:
@@ -210,6 +234,9 @@ class IterationModel:
         ]
         attention = list(self._attention_operators(chunks, decodes, decode_context))
         result.extend(make_row(name, estimate, layers) for name, estimate in attention)
+        if chunks and decodes and self.joint_is_known:
+            joint_s = self.joint_attention_s(sum(chunk for chunk, _ in chunks), decodes, decode_context, 0.0)
+            result.append(OperatorRow("mixed attention", joint_s, 0.0, attention[0][1].source, False))
         # What goes between ranks lies not between operators of one.
         within = [row.time_s for row in result if not row.name.startswith(("kvp", "ring transfer"))]
         parts_s = sum(within) / layers
@@ -223,7 +250,7 @@ class IterationModel:
         if handovers:
             result.append(make_row("stage hand-over", self._handover(np.array([float(tokens)])), handovers))
         requests = len(chunks) + decodes
-        host_s = self.host.base_s + requests * self.host.per_request_s
+        host_s = self._host_s(sum(chunk for chunk, _ in chunks) + decodes, requests)
         result.append(OperatorRow("host overhead", host_s, 0.0, self.host.source, False))
         return result
 
@@ -331,8 +358,9 @@ class IterationModel:
         self._layers_line = Polyline(knots, layers_s)
         self._tokens_line = Polyline(knots, layers_s + handovers_s)
         dense = np.arange(min(int(knots[-1]), DENSE_TOKENS) + 1, dtype=np.float64)
-        self._layers_table: list[float] = np.interp(dense, knots, layers_s).tolist()
-        self._tokens_table: list[float] = np.interp(dense, knots, layers_s + handovers_s).tolist()
+        dense_s = np.interp(self._padded(dense), knots, layers_s)
+        self._layers_table: list[float] = dense_s.tolist()
+        self._tokens_table: list[float] = (dense_s + np.interp(dense, knots, handovers_s)).tolist()
         self._dense = len(self._tokens_table)
         operators = [*self._token_operators(knots), *self._collectives(knots)]
         outside_s = time_outside_s([estimate for _, estimate in operators]) * self.model.num_layers
@@ -340,6 +368,14 @@ class IterationModel:
         outside_s += time_outside_s([self._handover(knots)]) * (len(self.stage_layers) - 1)
         self._tokens_outside_line = Polyline(knots, outside_s)
         self._tokens_outside: list[float] = np.interp(dense, knots, outside_s).tolist()
+
+    def _padded(self, tokens: FloatArray) -> FloatArray:
+        """The tokens that are computed: those of the smallest CUDA graph that holds a batch, if one does."""
+        if not self._graph_tokens:
+            return tokens
+        sizes = np.array(self._graph_tokens, dtype=np.float64)
+        place = np.minimum(np.searchsorted(sizes, tokens), len(sizes) - 1)
+        return np.where((tokens > sizes[-1]) | (tokens == 0), tokens, sizes[place])
 
     def _compile_rows(self, max_rows: int) -> None:
         knots = token_knots(max(max_rows, 2))

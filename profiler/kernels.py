@@ -11,7 +11,8 @@ from numpy.typing import ArrayLike
 
 from profiler.coverage import mismatch, part_used
 from profiler.cpu_operators import is_cpu
-from profiler.estimate import Estimate
+from profiler.estimate import Estimate, FloatArray
+from profiler.lookup import LookupKernels
 from profiler.overheads import HostOverhead, LayerCorrection
 from profiler.predictor import load_predictor
 from profiler.roofline_kernels import RooflineKernels
@@ -61,6 +62,10 @@ class Kernels(Protocol):
         """The same with the times of each measured operator multiplied by its factor, where there is one."""
 
     @property
+    def operators(self) -> frozenset[str]:
+        """The operators whose times a factor can multiply."""
+
+    @property
     def intervals(self) -> Mapping[str, tuple[float, float]]:
         """Of each measured operator, log(measured ÷ predicted) on held-out rows: 5th and 95th percentile."""
 
@@ -102,6 +107,20 @@ class Kernels(Protocol):
     def send_recv(self, num_bytes: ArrayLike, inter_node: bool) -> Estimate:
         """`num_bytes` from one device to another."""
 
+    def rest_of_layer(self, tokens: FloatArray, tp: int) -> Estimate | None:
+        """A layer's share of all that isn't attention or a collective, the LM head included; None if the
+        operators were measured one by one."""
+
+    def mixing_s(
+        self, chunk: FloatArray, decodes: FloatArray, mean_context: FloatArray, heads: tuple[int, int, int]
+    ) -> FloatArray | None:
+        """What attention of a mixed batch takes beyond that of its chunks, `chunk` tokens in all, and of its
+        decodes alone, in seconds a layer; may be negative. None if nobody knows."""
+
+    def spread_s(self, decodes: FloatArray, heads: tuple[int, int, int], *, mixed: bool) -> FloatArray | None:
+        """What attention of `decodes` decodes takes more for each token of standard deviation of their
+        contexts, in seconds a layer, alone or beside chunks. None if nobody knows."""
+
 
 def load_kernels(
     device: DeviceSpec,
@@ -140,6 +159,8 @@ def load_kernels(
     passed_over = () if chosen is not None and chosen.source == "measured" else _passed_over(device, wanted)
     if chosen is None:
         return RooflineKernels(device, weight_dtype=weight_dtype, kv_dtype=kv_dtype, passed_over=passed_over)
+    if chosen.predictor == "lookup":
+        return LookupKernels(device, chosen, weight_dtype=weight_dtype, kv_dtype=kv_dtype)
     predictor = load_predictor(chosen, device)
     return TrainedKernels(
         part_used(device, chosen.threads),

@@ -22,6 +22,8 @@ Named = list[tuple[str, Estimate]]
 
 def token_operators(model: ModelSpec, kernels: Kernels, tp: int, tokens: FloatArray) -> Named:
     """The operators of one layer on one rank that go by the number of tokens alone, without collectives."""
+    if (rest := kernels.rest_of_layer(tokens, tp)) is not None:
+        return [("layer without attention", rest)]
     hidden, inter, element = model.hidden_size, model.intermediate_size // tp, kernels.activation_bytes
     q_size, kv_size = model.query_size // tp, model.kv_size // tp
     norm = kernels.elementwise(norm_bytes(tokens, hidden, element), kind="norm", rows=tokens)
@@ -52,6 +54,8 @@ def collectives(model: ModelSpec, kernels: Kernels, tp: int, tokens: FloatArray)
 
 def first_operators(model: ModelSpec, kernels: Kernels, tokens: FloatArray) -> Named:
     """What an iteration does once for its tokens, before the layers."""
+    if _is_in_layers(kernels):
+        return [("embedding", _nothing(kernels, tokens))]
     element = kernels.activation_bytes
     moved = embedding_bytes(tokens, model.hidden_size, element)
     operators = [("embedding", kernels.elementwise(moved, kind="embedding", rows=tokens))]
@@ -64,6 +68,8 @@ def first_operators(model: ModelSpec, kernels: Kernels, tokens: FloatArray) -> N
 
 def row_operators(model: ModelSpec, kernels: Kernels, tp: int, rows: FloatArray) -> Named:
     """What comes behind the last layer, by the rows whose logits are wanted."""
+    if _is_in_layers(kernels):
+        return [("lm head", _nothing(kernels, rows))]
     element, vocab = kernels.activation_bytes, model.vocab_size // tp
     norm = norm_bytes(rows, model.hidden_size, element)
     sampled = sampling_bytes(rows, model.vocab_size, element)
@@ -75,6 +81,17 @@ def row_operators(model: ModelSpec, kernels: Kernels, tp: int, rows: FloatArray)
     if tp > 1:
         operators.append(("logits gather", kernels.all_gather(element * rows * vocab, tp)))
     return operators
+
+
+def _is_in_layers(kernels: Kernels) -> bool:
+    """Whether what comes once is in the times of the layers."""
+    return "forward_pass" in kernels.kinds
+
+
+def _nothing(kernels: Kernels, sizes: FloatArray) -> Estimate:
+    """The time of what was counted elsewhere."""
+    nothing = np.zeros_like(sizes)
+    return Estimate(nothing, nothing, nothing > 0, "imported")
 
 
 def between_operators(kernels: Kernels, parts_s: FloatArray) -> Estimate | None:

@@ -11,11 +11,14 @@ from profiler.estimate import FloatArray
 
 @dataclass(frozen=True, slots=True)
 class HostOverhead:
-    """Time the host adds to each iteration (scheduling, launching, sampling) that the device doesn't hide."""
+    """Time the host adds to each iteration (scheduling, launching, sampling) that the device doesn't hide;
+    `prefill_s` only if it has prompt tokens: an engine runs decodes alone as one CUDA graph, and all else
+    kernel by kernel."""
 
     base_s: float = 0.0
     per_request_s: float = 0.0
     source: str = "assumed"
+    prefill_s: float = 0.0
 
     def at(self, requests: FloatArray) -> FloatArray:
         """Seconds of an iteration of so many requests."""

@@ -50,6 +50,10 @@ class RooflineKernels:
         self.passed_over = passed_over
 
     @property
+    def operators(self) -> frozenset[str]:
+        return self.kinds
+
+    @property
     def intervals(self) -> Mapping[str, tuple[float, float]]:
         return {}
 
@@ -115,6 +119,17 @@ class RooflineKernels:
         link = self.device.inter_node if inter_node else self.device.intra_node
         floor_s = num_bytes / link.bandwidth_bytes_per_s
         return _roofline(link.latency_s + floor_s, floor_s)
+
+    def rest_of_layer(self, tokens: FloatArray, tp: int) -> Estimate | None:
+        return None
+
+    def mixing_s(
+        self, chunk: FloatArray, decodes: FloatArray, mean_context: FloatArray, heads: tuple[int, int, int]
+    ) -> FloatArray | None:
+        return None
+
+    def spread_s(self, decodes: FloatArray, heads: tuple[int, int, int], *, mixed: bool) -> FloatArray | None:
+        return None
 
     def _ring_between_nodes(self, num_bytes: FloatArray, ranks: FloatArray) -> Estimate:
         # A flat ring: 2·(r−1) hops, each link carrying 2·(r−1)/r of the vector; the slowest link counts.

@@ -18,6 +18,12 @@ Columns, besides `time_s` (seconds a call) and optionally `spread_s` (between re
                         num_bytes, ranks                       (of one rank)
     layer               chunk_tokens, context_tokens, decodes, decode_context_tokens, tp
                                 (a whole layer: a chunk, or decodes that share so many tokens, or both)
+    mixed_attention     chunk_tokens, context_tokens, decodes, decode_context_tokens, heads, kv_heads,
+                        head_dim               (attention of a chunk and decodes in one call)
+    uneven_attention    decodes, chunk_tokens, context_tokens, mean_context_tokens, spread_tokens, heads,
+                        kv_heads, head_dim     (decodes whose contexts have that standard deviation)
+    forward_pass        requests, new_tokens, context_tokens, decode, tp
+                                (all layers and what comes once: equal prefills, or decodes if `decode` is 1)
     host                requests                               (host time of an iteration of so many decodes)
 """
 
@@ -89,15 +95,45 @@ COLUMNS: dict[str, dict[str, str]] = {  # operator -> file column -> name in for
         "decode_context_tokens": "decode_context",
         "tp": "tp",
     },
+    "mixed_attention": {
+        "chunk_tokens": "chunk",
+        "context_tokens": "context",
+        "decodes": "decodes",
+        "decode_context_tokens": "decode_context",
+        "heads": "heads",
+        "kv_heads": "kv_heads",
+        "head_dim": "head_dim",
+    },
+    "uneven_attention": {
+        "decodes": "decodes",
+        "chunk_tokens": "chunk",
+        "context_tokens": "context",
+        "mean_context_tokens": "mean_context",
+        "spread_tokens": "spread",
+        "heads": "heads",
+        "kv_heads": "kv_heads",
+        "head_dim": "head_dim",
+    },
+    "forward_pass": {
+        "requests": "requests",
+        "new_tokens": "new_tokens",
+        "context_tokens": "context",
+        "decode": "decode",
+        "tp": "tp",
+    },
     "host": {"requests": "requests"},
 }
 _MAY_BE_ZERO = {
     "prefill_attention": ("context_tokens",),
     "layer": ("chunk_tokens", "context_tokens", "decodes", "decode_context_tokens"),
+    "mixed_attention": ("context_tokens",),
+    "uneven_attention": ("chunk_tokens", "context_tokens", "spread_tokens"),
+    "forward_pass": ("context_tokens", "decode"),
 }
 _OPTIONAL = ("spread_s", "samples")
 _SOURCES = ("measured", "imported")
 _MEASURED_KEYS = ("model", "conditions", "skipped", "cached_bytes", "threads")
+_PREDICTORS = ("trained", "lookup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +162,9 @@ class TableInfo:
 class Profile:
     """A profile folder's `profile.yaml`.
 
-    Of a measured profile only: `model`, the shapes it was measured for (see `profiler.coverage`);
+    `predictor` is lookup if the tables are dense enough to be read off, for the model that `model` names.
+
+    Of a measured profile only, otherwise: `model`, the shapes it was measured for (see `profiler.coverage`);
     `conditions`, in words; `skipped`, the points that couldn't be measured, and why; `cached_bytes`, how
     much of an iteration's data stays in the last-level cache from one iteration to the next, since all
     the weights fit into it: memory then sets no floor to as many bytes; `threads`, of a rank on a CPU, or 0.
@@ -145,6 +183,7 @@ class Profile:
     skipped: tuple[str, ...] = ()
     cached_bytes: int = 0
     threads: int = 0
+    predictor: str = "trained"  # trained | lookup
 
     @property
     def name(self) -> str:
@@ -174,11 +213,13 @@ def read_profile(path: Path) -> Profile:
     data = load_mapping(file, "yaml")
     fields = Fields(data, str(file))
     keys = ["format", "device", "source", "created", "licence", "versions", "notes", "tables"]
-    fields.refuse_unknown([*keys, *_MEASURED_KEYS])
+    fields.refuse_unknown([*keys, *_MEASURED_KEYS, "predictor"])
     if (version := fields.integer("format")) != FORMAT:
         raise fields.fail("format", f"is {version}; this version of Convoy reads {FORMAT}")
     if (source := fields.text("source")) not in _SOURCES:
         raise fields.fail("source", f"must be one of {', '.join(_SOURCES)}, not {source!r}")
+    if (predictor := str(data.get("predictor", "trained"))) not in _PREDICTORS:
+        raise fields.fail("predictor", f"must be one of {', '.join(_PREDICTORS)}, not {predictor!r}")
     notes = data.get("notes")
     if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
         raise fields.fail("notes", "must be a list of texts")
@@ -199,6 +240,7 @@ def read_profile(path: Path) -> Profile:
         skipped=tuple(map(str, data.get("skipped") or ())),
         cached_bytes=fields.integer("cached_bytes", at_least=0, default=0),
         threads=fields.integer("threads", at_least=0, default=0),
+        predictor=predictor,
     )
 
 
@@ -222,7 +264,9 @@ def write_profile(profile: Profile) -> None:
         "notes": list(profile.notes),
         "tables": tables,
     }
-    if profile.source == "measured":
+    if profile.predictor != "trained":
+        data["predictor"] = profile.predictor
+    if profile.source == "measured" or profile.model:
         measured = (
             profile.model,
             profile.conditions,

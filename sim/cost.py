@@ -25,8 +25,9 @@ class IterationCost(CostModel, Protocol):
         """Seconds to hand the activations of ``tokens`` tokens from one stage to the next."""
         ...
 
-    def decode_run(self, decodes: int, total_context: int, steps: int) -> DecodeRun:
-        """``steps`` steps of the same decodes, each adding one token to every context."""
+    def decode_run(self, decodes: int, total_context: int, steps: int, joint_s: float = 0.0) -> DecodeRun:
+        """``steps`` steps of the same decodes, each adding one token to every context; their attention takes
+        ``joint_s`` seconds more in each."""
         ...
 
     def tokens_outside_s(self, tokens: int, rows: int, requests: int) -> float:

@@ -102,7 +102,7 @@ class Replica:
         """Take ``steps`` decode steps at once, or as many as begin before the next arrival."""
         env = self.env
         start_s = env.now
-        run = self.cost.decode_run(batch.num_decodes, batch.decode_context, steps)
+        run = self.cost.decode_run(batch.num_decodes, batch.decode_context, steps, batch.joint_s)
         self._in_run = True
         try:
             yield env.timeout(run.total_s)

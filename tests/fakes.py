@@ -53,9 +53,10 @@ class LinearCost:
     def handover_s(self, tokens: int) -> float:
         return self._handover_s
 
-    def decode_run(self, decodes: int, total_context: int, steps: int) -> DecodeRun:
+    def decode_run(self, decodes: int, total_context: int, steps: int, joint_s: float = 0.0) -> DecodeRun:
         line = Polyline(np.array([0.0, 1.0]), np.array([0.0, self.context_s]))
-        return DecodeRun(line, self.tokens_s(decodes, decodes, decodes), total_context, decodes, steps)
+        constant_s = self.tokens_s(decodes, decodes, decodes)
+        return DecodeRun(line, constant_s, total_context, decodes, steps, joint_s)
 
     def tokens_outside_s(self, tokens: int, rows: int, requests: int) -> float:
         return 0.0

@@ -32,6 +32,7 @@ TRANSFORMERS_COUNTS = {
     "llama-3-70b": 70_553_706_496,
     "llama-3.1-8b": 8_030_261_248,
     "qwen2.5-7b": 7_615_616_512,
+    "qwen3-32b": 32_762_123_264,
     "mistral-7b": 7_248_023_552,
     "tiny-llama": 5_048_576,
 }
@@ -178,7 +179,8 @@ class TestModels:
 
 class TestDevices:
     def test_the_library_is_what_the_issue_lists(self) -> None:
-        assert list_devices() == ["a100-80gb-sxm", "b200", "cpu", "h100-sxm", "h200-sxm"]
+        nvidia = ["a100-80gb-sxm", "b200", "b300", "h100-sxm", "h200-sxm", "rtx-pro-6000-blackwell"]
+        assert list_devices() == sorted([*nvidia, "cpu"])
 
     def test_data_sheet_figures(self) -> None:
         a100, h200, b200 = get_device("a100-80gb-sxm"), get_device("h200-sxm"), get_device("b200")
