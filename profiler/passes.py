@@ -1,7 +1,9 @@
 """Attention and the rest of a layer, taken apart from times of whole forward passes.
 
 A table of passes has prefills (so many requests of equally many new tokens, each behind equally much context)
-and decodes. What a pass takes more behind a longer context is attention; what is left goes by tokens.
+and decodes. What a pass takes more behind a longer context is attention; what is left goes by tokens. Of the
+prefills only those of a single request are used: with several, in the tables that are known, the host made
+the device wait.
 """
 
 from __future__ import annotations
@@ -104,13 +106,13 @@ def _take_apart(table: Table, mine: BoolArray) -> _Parts:
     }
     base_s = np.array([first[count] for count in requests[steps]])
     decodes = Ladder(requests[steps], context[steps], np.maximum(time_s[steps] - base_s, 0.0))
-    fresh = (decode == 0) & (context == 0)
-    own_s = requests[fresh] * chunks.at(tokens[fresh], np.zeros(int(fresh.sum())))
-    rest = Curve(
-        np.concatenate([np.array(list(first)), (requests * tokens)[fresh]]),
-        np.concatenate([np.array(list(first.values())), time_s[fresh] - own_s]),
-    )
-    return _Parts(rest, chunks, decodes)
+    own_s = chunks.at(tokens[fresh], np.zeros(int(fresh.sum())))
+    sizes = np.concatenate([np.array(list(first)), tokens[fresh]])
+    found_s = np.concatenate([np.array(list(first.values())), time_s[fresh] - own_s])
+    # Of a prefill and of decodes with as many tokens the quicker: the other waited for the host.
+    distinct = np.unique(sizes)
+    least_s = np.array([found_s[sizes == size].min() for size in distinct])
+    return _Parts(Curve(distinct, least_s), chunks, decodes)
 
 
 def _chunk_ladder(

@@ -134,7 +134,7 @@ def test_unsound_tables_are_refused(tmp_path: Path, name: str, text: str, messag
 
 
 def layerwise_rows(tp: int = 1) -> list[tuple[object, ...]]:
-    """Passes of 10 ms + 40 µs a token, attention of a chunk 1 ns a pair of tokens, of decodes 100 ns a key."""
+    """Passes of 10 ms + 40 µs a token, attention of a chunk 1 ns a pair, of decodes 100 ns a key."""
     rows: list[tuple[object, ...]] = []
     for requests in (1, 4):
         for tokens in (16, 256, 2048):

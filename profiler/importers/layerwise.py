@@ -118,7 +118,7 @@ def _disturbed_prefills(
     """Prefills that take far longer than one with at least as much of everything."""
     disturbed = np.zeros(len(tp), dtype=np.bool_)
     for row in np.flatnonzero(prefill):
-        larger = prefill & (tp == tp[row]) & (requests >= requests[row])
+        larger = prefill & (tp == tp[row]) & (requests == requests[row])
         larger &= (tokens >= tokens[row]) & (context >= context[row])
         disturbed[row] = time_s[row] > _DOMINATED * time_s[larger].min()
     return disturbed
