@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from sklearn.isotonic import isotonic_regression
 
 from profiler.estimate import FloatArray
 
 
 class Curve:
-    """Times against one size, linear between measured sizes, and never falling: where measurements do, they
-    are averaged.
+    """Times against one size, linear between measured sizes: where a kernel for more is quicker, they fall.
 
     Below the smallest size the time is that of the smallest; beyond the largest it goes on as from half of
     the largest to there.
@@ -20,11 +18,11 @@ class Curve:
         self.size, where = np.unique(size, return_inverse=True)
         sums = np.bincount(where, weights=time_s)
         mean_s = sums / np.bincount(where)
-        self.time_s = np.asarray(isotonic_regression(mean_s), dtype=np.float64)
+        self.time_s: FloatArray = mean_s
         last = float(self.size[-1])
         half_s = float(np.interp(last / 2.0, self.size, self.time_s))
         reach = last - max(last / 2.0, float(self.size[0]))
-        self._slope = (float(self.time_s[-1]) - half_s) / reach if reach > 0 else 0.0
+        self._slope = max(float(self.time_s[-1]) - half_s, 0.0) / reach if reach > 0 else 0.0
 
     @property
     def largest(self) -> float:
