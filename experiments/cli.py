@@ -130,6 +130,20 @@ def _sweep(options: argparse.Namespace) -> int:
     )
 
 
+def _paper(options: argparse.Namespace) -> int:
+    from experiments.paper.command import PaperOptions, paper
+
+    return paper(
+        PaperOptions(
+            out=options.out,
+            only=options.only,
+            jobs=options.jobs,
+            document=options.doc,
+            quiet=options.quiet,
+        )
+    )
+
+
 def _predict(options: argparse.Namespace) -> int:
     from experiments.predict import PredictOptions, predict
 
@@ -211,6 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_live(commands.add_parser("live", help="serve a configuration on the live runtime"))
     _add_validate(commands.add_parser("validate", help="compare a simulation with live runs, rung by rung"))
     _add_sweep(commands.add_parser("sweep", help="simulate a grid of configurations, resumable"))
+    _add_paper(commands.add_parser("paper", help="compute the figures of Medha's paper, resumable"))
     _add_predict(commands.add_parser("predict", help="predict one iteration, operator by operator"))
     _add_profile(commands.add_parser("profile", help="measure kernel times on the device that is here"))
     _add_train(commands.add_parser("train", help="fit predictors to a profile, show held-out errors"))
@@ -295,6 +310,20 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--quiet", action="store_true", help="no progress, no table")
     parser.set_defaults(run=_sweep)
+
+
+def _add_paper(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Computes the figures of Medha's paper from the configurations in experiments/paper, "
+        "draws them and says what the paper claims and what was found. What has finished is kept: started "
+        "again on the same folder, only the rest is done."
+    )
+    parser.add_argument("--out", metavar="DIR", help="where results go, or are; default out/paper")
+    parser.add_argument("--only", nargs="+", default=[], metavar="FIG", help="figures: 3b 13 …; default all")
+    parser.add_argument("--jobs", type=_count, metavar="N", help="processes; default one for each core")
+    parser.add_argument("--doc", metavar="FILE.md", help="write the document there too, besides DIR/paper.md")
+    parser.add_argument("--quiet", action="store_true", help="no progress, no last line")
+    parser.set_defaults(run=_paper)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:

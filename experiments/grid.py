@@ -19,6 +19,7 @@ from specs.errors import InputError
 
 _ROOT = Path(__file__).resolve().parent.parent
 _CODE = ("specs", "traces", "policies", "profiler", "sim", "experiments")
+_SHOWS_ONLY = _ROOT / "experiments" / "paper"  # what it makes results from is hashed with each of them
 _HASHED_BYTES = 1 << 20  # larger files count by size and time
 
 
@@ -91,13 +92,17 @@ def spread(values: RangeConfig) -> list[float | int]:
     return [int(number) if number.is_integer() else number for number in rounded]
 
 
-def cell_id(config: Config) -> str:
-    """A hash of all that the result of ``config`` depends on."""
+def cell_id(config: Config, *others: str) -> str:
+    """A hash of all that the result of ``config`` depends on; ``others`` are what it knows nothing of."""
     data = dump(config)
     data.pop("name")
     files = {text: _stamp(Path(text)) for text in _texts(data) if Path(text).is_absolute()}
-    text = json.dumps([data, files, code_version()], sort_keys=True)
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+    return hash_of([data, files, code_version(), *others])
+
+
+def hash_of(data: Any) -> str:
+    """A short hash of plain data."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode("utf-8")).hexdigest()[:16]
 
 
 @cache
@@ -106,6 +111,8 @@ def code_version() -> str:
     digest = hashlib.sha256()
     for room in _CODE:
         for file in sorted((_ROOT / room).rglob("*")):
+            if file.is_relative_to(_SHOWS_ONLY):
+                continue
             if file.is_file() and file.suffix not in (".pyc", ".md"):
                 digest.update(str(file.relative_to(_ROOT)).encode("utf-8"))
                 digest.update(file.read_bytes())

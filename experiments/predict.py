@@ -16,7 +16,7 @@ from policies.sharding import Sharding
 from profiler.iteration import IterationModel, OperatorRow
 from profiler.kernels import load_kernels
 from profiler.ring import RingModel
-from specs import InputError, ParallelSpec, get_device, get_model
+from specs import DeviceSpec, InputError, ModelSpec, ParallelSpec, get_device, get_model
 
 _SOURCES = ("measured", "imported", "roofline", "assumed")
 
@@ -51,6 +51,31 @@ def predict(options: PredictOptions) -> int:
     """
     if options.chunk == 0 and options.decodes == 0:
         raise InputError("predict: an iteration without tokens; give --chunk, --decodes or both")
+    model, device, iteration = iteration_model(options)
+    rows = predicted_rows(options, iteration)
+    if options.as_json:
+        print(json.dumps(prediction(rows)))
+    else:
+        taking_part = Sharding(options.kvp, options.kvp_tokens_per_group).shards(options.context + 1)
+        kvp = f", KVP {options.kvp} ({taking_part} taking part)" if options.kvp > 1 else ""
+        cp = f", CP {options.cp} ({options.ring})" if options.cp > 1 else ""
+        title = f"{model.name} on {device.vendor_name}, TP {options.tp}, SPP {options.spp}{kvp}{cp}"
+        _print_table(f"{title}: {_what(options)}", rows)
+        if isinstance(iteration, RingModel):
+            border = iteration.ring.overlap_tokens()
+            held = f"once a rank holds {border:,} tokens of it" if border else "at any length"
+            print(f"In a whole prompt, attention hides the transfers round the ring {held}.")
+        for note in prediction_notes(iteration):
+            print(note)
+    return 0
+
+
+def iteration_model(options: PredictOptions) -> tuple[ModelSpec, DeviceSpec, IterationModel]:
+    """What is predicted with.
+
+    Raises:
+        InputError: the model can't be cut that way, or there is no such profile.
+    """
     model, device = get_model(options.model), get_device(options.device)
     parallel = ParallelSpec(
         tp=options.tp,
@@ -70,25 +95,14 @@ def predict(options: PredictOptions) -> int:
         model=model,
         tp=options.tp,
     )
-    iteration = (RingModel if options.cp > 1 else IterationModel)(model, kernels, parallel)
+    return model, device, (RingModel if options.cp > 1 else IterationModel)(model, kernels, parallel)
+
+
+def predicted_rows(options: PredictOptions, iteration: IterationModel) -> list[OperatorRow]:
+    """The iteration that the options ask for, operator by operator."""
     chunks = [(options.chunk, options.context)] if options.chunk else []
     # A decode attends to at least its own token.
-    rows = iteration.explain(chunks, options.decodes, options.decodes * max(options.context, 1))
-    if options.as_json:
-        print(json.dumps(prediction(rows)))
-    else:
-        taking_part = Sharding(options.kvp, options.kvp_tokens_per_group).shards(options.context + 1)
-        kvp = f", KVP {options.kvp} ({taking_part} taking part)" if options.kvp > 1 else ""
-        cp = f", CP {options.cp} ({options.ring})" if options.cp > 1 else ""
-        title = f"{model.name} on {device.vendor_name}, TP {options.tp}, SPP {options.spp}{kvp}{cp}"
-        _print_table(f"{title}: {_what(options)}", rows)
-        if isinstance(iteration, RingModel):
-            border = iteration.ring.overlap_tokens()
-            held = f"once a rank holds {border:,} tokens of it" if border else "at any length"
-            print(f"In a whole prompt, attention hides the transfers round the ring {held}.")
-        for note in prediction_notes(iteration):
-            print(note)
-    return 0
+    return iteration.explain(chunks, options.decodes, options.decodes * max(options.context, 1))
 
 
 def prediction_notes(iteration: IterationModel) -> list[str]:

@@ -7,11 +7,11 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from experiments.build import build
-from experiments.config import Config
+from experiments.build import Experiment, build
 from experiments.grid import Cell, cells
 from experiments.load import dump_yaml, load_config
 from experiments.run import summarize_run
@@ -19,6 +19,9 @@ from experiments.tables import print_table
 from experiments.text import number, percent, seconds
 from sim.cluster import simulate
 from specs.errors import InputError
+from traces.records import RunRecords
+
+Work = TypeVar("Work")
 
 MARK = "sweep.yaml"
 _CELLS = "cells"
@@ -66,18 +69,17 @@ def sweep(options: SweepOptions) -> int:
     where = str(options.config)
     grid = cells(options.config, options.overrides)
     folder = _folder(options)
-    (folder / _CELLS).mkdir(parents=True, exist_ok=True)
+    prepare(folder)
     config = load_config(options.config, options.overrides)
-    _write_text(folder / MARK, dump_yaml(config))
-    for left_over in (folder / _CELLS).glob(".*.tmp"):
-        left_over.unlink(missing_ok=True)
+    write_text(folder / MARK, dump_yaml(config))
     unique = {cell.id: cell for cell in grid}
-    todo = [cell for cell in unique.values() if not _result_file(folder, cell.id).is_file()]
+    todo = [cell for cell in unique.values() if not result_file(folder, cell.id).is_file()]
+    work = partial(run_cell, where=where, folder=folder.absolute(), summarize=summarize_run)
     failures: dict[str, str] = {}
     interrupted = False
     with _progress(len(unique), len(unique) - len(todo), grid, folder, quiet=options.quiet) as advance:
         try:
-            for outcome in _outcomes(todo, where, folder, options):
+            for outcome in outcomes_of(todo, work, options.jobs, options.backend):
                 if outcome.status == "interrupted":
                     interrupted = True
                     break
@@ -119,36 +121,47 @@ def _folder(options: SweepOptions) -> Path:
 # -- cells ------------------------------------------------------------------------------------------------
 
 
-def _outcomes(todo: Sequence[Cell], where: str, folder: Path, options: SweepOptions) -> Iterator[Outcome]:
-    """Run the cells, as many at once as there are jobs; outcomes come as they are ready."""
-    jobs = min(options.jobs or _cores(), max(len(todo), 1))
-    if options.backend == "loky" and jobs == 1:
-        yield from (run_cell(cell.id, cell.config, where, folder) for cell in todo)
+def outcomes_of(
+    todo: Sequence[Work], work: Callable[[Work], Outcome], jobs: int | None = None, backend: str = "loky"
+) -> Iterator[Outcome]:
+    """Do ``work`` on everything in ``todo``, as much at once as there are jobs (None: one for each core);
+    outcomes come as they are ready."""
+    jobs = min(jobs or _cores(), max(len(todo), 1))
+    if backend == "loky" and jobs == 1:
+        yield from map(work, todo)
         return
     from joblib import Parallel, delayed, parallel_config
 
-    if options.backend == "ray":
+    if backend == "ray":
         _start_ray()
-    with parallel_config(backend=options.backend):
+    with parallel_config(backend=backend):
         # Cells are handed out a few at a time, and nothing of a finished one stays here.
         parallel = Parallel(
             n_jobs=jobs, return_as="generator_unordered", pre_dispatch="2*n_jobs", batch_size=1
         )
-        outcomes = parallel(
-            delayed(run_cell)(cell.id, cell.config, where, folder.absolute()) for cell in todo
-        )
-        yield from outcomes
+        yield from parallel(delayed(work)(each) for each in todo)
 
 
-def run_cell(id: str, config: Config, where: str, folder: Path) -> Outcome:
-    """Simulate one cell and keep its summary in ``folder``, complete or not at all."""
-    try:
-        experiment = build(config, where)
+def run_cell(
+    cell: Cell, *, where: str, folder: Path, summarize: Callable[[RunRecords, Experiment], Mapping[str, Any]]
+) -> Outcome:
+    """Simulate one cell and keep its summary in ``folder``."""
+
+    def summary() -> Mapping[str, Any] | None:
+        experiment = build(cell.config, where)
         records = simulate(experiment.workload, experiment.setup)
-        if records.interrupted:
+        return None if records.interrupted else summarize(records, experiment)
+
+    return keep_result(cell.id, folder, summary)
+
+
+def keep_result(id: str, folder: Path, compute: Callable[[], Mapping[str, Any] | None]) -> Outcome:
+    """Compute a cell's result and keep it in ``folder``, complete or not at all; None is an interruption."""
+    try:
+        result = compute()
+        if result is None:
             return Outcome(id, "interrupted")
-        summary = summarize_run(records, experiment)
-        _write_text(_result_file(folder, id), json.dumps(summary, allow_nan=False) + "\n")
+        write_text(result_file(folder, id), json.dumps(result, allow_nan=False) + "\n")
     except KeyboardInterrupt:
         return Outcome(id, "interrupted")
     except InputError as error:
@@ -158,11 +171,19 @@ def run_cell(id: str, config: Config, where: str, folder: Path) -> Outcome:
     return Outcome(id, "finished")
 
 
-def _result_file(folder: Path, id: str) -> Path:
+def prepare(folder: Path) -> None:
+    """Make room for results in ``folder``; what a killed process left half-written goes."""
+    (folder / _CELLS).mkdir(parents=True, exist_ok=True)
+    for left_over in (folder / _CELLS).glob(".*.tmp"):
+        left_over.unlink(missing_ok=True)
+
+
+def result_file(folder: Path, id: str) -> Path:
+    """Where the result of a cell is kept."""
     return folder / _CELLS / f"{id}.json"
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write a file that is there in full or not at all, whenever the process is killed."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with partial.open("w", encoding="utf-8") as file:
@@ -209,7 +230,7 @@ def table(folder: Path, grid: Sequence[Cell], failures: Mapping[str, str]) -> li
 def read_summary(folder: Path, id: str) -> dict[str, Any] | None:
     """The summary of a finished cell."""
     try:
-        found = json.loads(_result_file(folder, id).read_text(encoding="utf-8"))
+        found = json.loads(result_file(folder, id).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

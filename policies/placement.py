@@ -8,16 +8,22 @@ from policies.sharding import Sharding
 
 class PendingWork:
     """Homes requests where the least prefill work is pending, measured as the sum of the squares of the
-    prompts' lengths, as in Medha's code. A request in several shards counts in all its groups."""
+    prompts' lengths, as in Medha's code. A request in several shards counts in all its groups.
+
+    Requests that spread over all groups make every home equally good by that measure; of such homes the one
+    is taken where the least work begins, or every long prompt would begin in the first group.
+    """
 
     def __init__(self, sharding: Sharding) -> None:
         self._sharding = sharding
         self._pending = [0] * sharding.groups
+        self._homed = [0] * sharding.groups  # the same of the requests whose home it is
 
     def place(self, request: Request) -> None:
         """Choose the home of a new request; of equal ones the first."""
         if self._sharding.groups > 1:
-            request.home = min(range(len(self._pending)), key=lambda home: self._work_at(home, request))
+            homes = range(self._sharding.groups)
+            request.home = min(homes, key=lambda home: (self._work_at(home, request), self._homed[home]))
             self._add(request, 1)
 
     def prefilled(self, request: Request) -> None:
@@ -36,5 +42,7 @@ class PendingWork:
 
     def _add(self, request: Request, sign: int) -> None:
         if self._sharding.groups > 1:
+            work = sign * request.prefill_tokens**2
+            self._homed[request.home] += work
             for group in self._groups(request.home, request):
-                self._pending[group] += sign * request.prefill_tokens**2
+                self._pending[group] += work

@@ -446,13 +446,15 @@ class Scheduler:
     def _add_chunk(self, request: Request, batch: Batch, sharing: set[int]) -> bool:
         """Add a chunk of ``request`` if one fits."""
         is_long = self.settings.space_sharing and request.prefill_tokens >= self.settings.long_request_tokens
-        if is_long and not sharing.isdisjoint(self._groups_of(request)):
+        groups = self._groups_of_chunk(request)
+        if is_long and not sharing.isdisjoint(groups):
             return False
         if not self._may_run(request):
             return False
         if self.prefixes is not None and not request.kv_blocks:
             self._skip_to(request, self.prefixes.cached_tokens(request))
-        loads = self._loads_of_chunk(request, batch)
+            groups = self._groups_of_chunk(request)
+        loads = [batch.loads[group] for group in groups]
         yield_fraction = self._yield_fraction(request, batch, is_long)
         if len(loads) == 1:
             tokens = self.chunking.chunk_tokens(request, loads[0], yield_fraction)
@@ -465,17 +467,17 @@ class Scheduler:
                 self._skip_to(request, 0)
             return False
         if is_long:
-            sharing.update(self._groups_of(request))
+            sharing.update(groups)
         self._schedule(request, tokens, batch, loads)
         return True
 
-    def _loads_of_chunk(self, request: Request, batch: Batch) -> Sequence[Load]:
-        """The loads that the request's next chunk goes to, in the order of its shards."""
+    def _groups_of_chunk(self, request: Request) -> Sequence[int]:
+        """The groups that the request's next chunk involves, in the order of its shards."""
         if request.shards == 1:
-            return batch.loads[request.home : request.home + 1]
+            return self._lanes[request.home].groups
         sharding = self.sharding
         last = sharding.shard_of(request.scheduled_tokens)
-        return [batch.loads[sharding.group(request.home, shard)] for shard in range(last + 1)]
+        return [sharding.group(request.home, shard) for shard in range(last + 1)]
 
     def _may_run(self, request: Request) -> bool:
         """Whether the request holds its KV blocks or could be given them now: those of all the groups its

@@ -168,6 +168,20 @@ def test_an_iteration_lasts_as_long_as_its_slowest_group() -> None:
     assert records.requests["first_token_s"] == pytest.approx([expected])
 
 
+def test_long_prompts_share_an_iteration_while_they_are_in_different_groups() -> None:
+    """One long prompt a batch is one for each group: the second begins in the group that the first, still in
+    its first shard, has no use for yet."""
+    scheduler = make(replace(STATIC, space_sharing=True, long_request_tokens=500), sharding=Sharding(2, T))
+    for i in range(2):
+        scheduler.add(Request(i, 0.0, 500, 1))
+    together = []
+    while scheduler.outstanding:
+        batch = advance(scheduler)
+        together.append((batch.chunks[0].context >= T, [chunk.request.id for chunk in batch.chunks]))
+    assert together[:3] == [(False, [0, 1])] * 3  # 256 tokens each, 100 at a time
+    assert all(len(ids) == 1 for in_both, ids in together if in_both)
+
+
 def test_kv_blocks_of_all_groups_are_reserved_at_admission() -> None:
     scheduler = make()
     scheduler.add(Request(0, 0.0, 600, 1))
