@@ -64,8 +64,8 @@ def _p1(figures: Figures) -> Found:
 
 def _p2(figures: Figures) -> Found:
     ratios = [
-        figures["3a"].get("granularity_s", system="CP", gpus=gpus)
-        / figures["3a"].get("granularity_s", system="Medha", gpus=gpus)
+        figures["3a"].get("longest_batch_s", system="CP", gpus=gpus)
+        / figures["3a"].get("longest_batch_s", system="Medha", gpus=gpus)
         for gpus in figures["3a"].labels("gpus")
     ]
     return Found(f"{number(min(ratios))}–{number(max(ratios))}×")

@@ -31,6 +31,7 @@ def measure_run(records: RunRecords, experiment: Experiment) -> dict[str, Any]:
       waited, which is less than its TTFT will be. ``without_first_token`` says how many those are;
     - the same of ``short`` and of ``long`` prompts;
     - ``mixed_batch_s``: times of the iterations with decodes and prefill together, over all stages;
+    - ``longest_batch_s``: of the first stage; before a batch has left it, nothing else can begin;
     - ``groups_join_s``: when the KVP groups join the first request, from its first batch on.
     """
     requests = records.requests
@@ -43,9 +44,12 @@ def measure_run(records: RunRecords, experiment: Experiment) -> dict[str, Any]:
     mixed = (batches["num_prefills"] > 0) & (batches["num_decodes"] > 0)
     durations_s = (batches["end_s"] - batches["start_s"])[mixed] * experiment.parallel.spp
     result["mixed_batch_s"] = describe_values(durations_s)
+    first = batches["stage"] == 0
+    result["longest_batch_s"] = float(
+        ((batches["end_s"] - batches["start_s"]) / batches["steps"])[first].max()
+    )
     sharding = experiment.setup.sharding
     if sharding.groups > 1:
-        first = batches["stage"] == 0
         done = np.cumsum(batches["prefill_tokens"][first])
         starts_s = batches["start_s"][first]
         borders = np.arange(sharding.groups) * sharding.tokens_per_group

@@ -45,7 +45,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel("ttft_all_s.p50", f"median TTFT\n{_ALL}", "rate_rps", _LOAD, target=10.0),
         Panel("ttft_all_s.p90", f"p90 TTFT\n{_ALL}", "rate_rps", _LOAD, target=10.0),
     ),
-    "3a": (Panel("granularity_s", "work that can't be preempted (s)", "gpus", "GPUs", log_x=True),),
+    "3a": (Panel("longest_batch_s", "longest batch (s)", "gpus", "GPUs", log_x=True),),
     "3b": (
         Panel(
             lambda cell: cell["attention_s"] / cell["chunk"] * 1e6,
