@@ -34,6 +34,7 @@ from traces.slices import SliceLog
 pytest.importorskip("torch")
 from runtime.launcher import RankError
 
+ROOT = Path(__file__).resolve().parents[1]
 LOOSE = {"p50": 1e6, "p90": 1e6}
 TIGHT = {"p50": 1e-9, "p90": 1e-9, "noise_factor": 0.0}
 
@@ -450,3 +451,19 @@ def test_lars_spares_short_prompts_the_wait_for_a_long_one_live() -> None:
         made = build(case.config, case.where)
         ttft_s[case.name] = short_prompts_ttft_s(serve_live(made).records)
     assert ttft_s["fcfs"] > 5 * ttft_s["lars"]
+
+
+def test_the_set_for_a_gpu_is_ready() -> None:
+    """Six cases whose live runs fit into one short session, with prompts of 100 tokens to over 100,000."""
+    cases = load_cases(ROOT / "experiments/validate/gpu.yaml", [])
+    assert len(cases) == 6
+    served_s = 0.0
+    for case in cases:
+        experiment = build(case.config, case.where)
+        assert experiment.device.name == "h100-sxm"
+        prompts = experiment.workload.prompt_tokens
+        assert prompts.min() <= 130 and prompts.max() >= 100_000
+        records = simulate(experiment.workload, experiment.setup)
+        assert np.isfinite(records.requests["finished_s"]).all()
+        served_s += 2 * records.end_s
+    assert served_s < 540.0
