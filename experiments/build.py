@@ -75,7 +75,7 @@ def build(config: Config, where: str) -> Experiment:
             raise InputError(
                 f"scheduler.async_scheduling: is for replicas of one stage; parallel.spp is {parallel.spp}"
             )
-        memory = _fit_memory(config, model, device, parallel)
+        memory = fit_config_memory(config, model, device, parallel)
         settings = _scheduler_settings(config)
         workload, closed_loop = build_workload(
             config.workload.lengths,
@@ -190,7 +190,10 @@ class _NoCost:
         return 1e-9 * total_context
 
 
-def _fit_memory(config: Config, model: ModelSpec, device: DeviceSpec, parallel: ParallelSpec) -> MemoryFit:
+def fit_config_memory(
+    config: Config, model: ModelSpec, device: DeviceSpec, parallel: ParallelSpec
+) -> MemoryFit:
+    """What the configuration leaves for the KV cache; see :func:`specs.fit_memory`."""
     return fit_memory(
         model,
         device,

@@ -144,6 +144,22 @@ def _paper(options: argparse.Namespace) -> int:
     )
 
 
+def _plan(options: argparse.Namespace) -> int:
+    from experiments.plan import PlanOptions, plan
+
+    return plan(
+        PlanOptions(
+            config=Path(options.config),
+            overrides=options.set,
+            out=options.out,
+            jobs=options.jobs,
+            backend=options.backend,
+            plots=not options.no_plots,
+            quiet=options.quiet,
+        )
+    )
+
+
 def _predict(options: argparse.Namespace) -> int:
     from experiments.predict import PredictOptions, predict
 
@@ -226,6 +242,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_validate(commands.add_parser("validate", help="compare a simulation with live runs, rung by rung"))
     _add_sweep(commands.add_parser("sweep", help="simulate a grid of configurations, resumable"))
     _add_paper(commands.add_parser("paper", help="compute the figures of Medha's paper, resumable"))
+    _add_plan(commands.add_parser("plan", help="search the cheapest deployment that holds the SLOs"))
     _add_predict(commands.add_parser("predict", help="predict one iteration, operator by operator"))
     _add_profile(commands.add_parser("profile", help="measure kernel times on the device that is here"))
     _add_train(commands.add_parser("train", help="fit predictors to a profile, show held-out errors"))
@@ -299,17 +316,34 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
         "Simulates every combination of the values under `sweep` and writes results.csv and results.parquet, "
         "one row each. What has finished is kept: started again on the same folder, only the rest is done."
     )
+    _add_store(parser, "sweep")
+    parser.set_defaults(run=_sweep)
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Searches TP x SPP x KVP x replicas x policies x devices for the cheapest deployment that holds the "
+        "SLOs, checks it against its neighbours, and says how much more traffic it takes. Writes plan.json "
+        "and report.html. Simulations that have finished are kept: started again on the same folder, it goes on."
+    )
+    parser.epilog = "Exit status: 0, 1 if no deployment holds, 2 bad input, 130 stopped by Ctrl-C."
+    _add_store(parser, "plan")
+    parser.add_argument("--no-plots", action="store_true", help="leave the plots out")
+    parser.set_defaults(run=_plan)
+
+
+def _add_store(parser: argparse.ArgumentParser, kind: str) -> None:
+    """What the commands take that keep many simulations in one folder."""
     parser.add_argument("config", metavar="CONFIG.yaml")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY.PATH=VALUE", help=f"change a key: {_CONFIG_HELP}"
     )
-    parser.add_argument("--out", metavar="DIR", help="where results go, or are; default out/NAME.sweep")
+    parser.add_argument("--out", metavar="DIR", help=f"where results go, or are; default out/NAME.{kind}")
     parser.add_argument("--jobs", type=_count, metavar="N", help="processes; default one for each core")
     parser.add_argument(
         "--backend", choices=("loky", "ray"), default="loky", help="on this machine, or on a Ray cluster"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress, no table")
-    parser.set_defaults(run=_sweep)
 
 
 def _add_paper(parser: argparse.ArgumentParser) -> None:

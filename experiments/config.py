@@ -11,18 +11,11 @@ from math import prod
 from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
+from experiments.plan_config import CapacityConfig, PlanConfig
+from experiments.section import CaseAxis, Count, NotNegative, Positive, Section, whole_number
 from policies.priorities import PRIORITIES
 from policies.routers import ROUTERS
 from policies.scheduler import SchedulerSettings
@@ -31,25 +24,10 @@ from policies.settings import PRESETS
 _POLICY = SchedulerSettings()  # its defaults are ours
 
 
-def _whole(value: Any) -> Any:
-    """1e6 is read as a float; it is as good as 1000000."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-Count = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=2**31 - 1)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
 Dtype = Literal["bf16", "fp8", "fp32"]
 Latency = Literal["ttft_s", "tpot_s", "tbt_s", "e2e_s"]
-CaseName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_+=,@-]{1,40}$")]
-CaseAxis = Annotated[dict[CaseName, dict[str, Any]], Field(min_length=1)]
 MAX_CASES = 1000
-
-
-class Section(BaseModel):
-    """A mapping of the configuration."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+NOT_VARIED = ("name", "sweep", "plan", "capacity")  # by a sweep, a case or a policy
 
 
 class HostConfig(Section):
@@ -243,7 +221,9 @@ class RequestTolerance(QuantileTolerance):
     p90: Positive = 0.10
     noise_factor: NotNegative = 1.5
     speed: Literal["profile", "measured"] = "profile"
-    metrics: Annotated[list[Latency], Field(min_length=1)] = ["ttft_s", "tpot_s"]
+    metrics: Annotated[list[Latency], Field(min_length=1)] = Field(
+        default_factory=lambda: ["ttft_s", "tpot_s"]
+    )
 
 
 class ValidateConfig(Section):
@@ -257,7 +237,7 @@ class ValidateConfig(Section):
     operator: QuantileTolerance = QuantileTolerance()
     iteration: QuantileTolerance = QuantileTolerance()
     request: RequestTolerance = RequestTolerance()
-    cases: Annotated[list[CaseAxis], Field(max_length=8)] = []
+    cases: Annotated[list[CaseAxis], Field(max_length=8)] = Field(default_factory=list)
 
     @field_validator("cases")
     @classmethod
@@ -268,7 +248,7 @@ class ValidateConfig(Section):
             raise ValueError(f"that makes more than {MAX_CASES} cases")
         for path in (path for axis in axes for changes in axis.values() for path in changes):
             check_path(path)
-            if path.partition(".")[0] in ("name", "sweep") or path.startswith("validate.cases"):
+            if path.partition(".")[0] in NOT_VARIED or path.startswith("validate.cases"):
                 raise ValueError(f"a case can't change '{path}'")
         return axes
 
@@ -280,7 +260,7 @@ class RangeConfig(Section):
     start: float
     stop: float
     step: Positive | None = None
-    count: Annotated[int, BeforeValidator(_whole), Field(ge=1, le=100_000)] | None = None
+    count: Annotated[int, BeforeValidator(whole_number), Field(ge=1, le=100_000)] | None = None
     log: bool = False
 
     @model_validator(mode="after")
@@ -319,12 +299,14 @@ class Config(Section):
     scheduler: SchedulerConfig = SchedulerConfig()
     workload: WorkloadConfig
     slo: SloConfig = SloConfig()
-    seed: Annotated[int, BeforeValidator(_whole), Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, BeforeValidator(whole_number), Field(ge=0, lt=2**63)] = 0
     stop_s: Positive | None = None
     live: LiveConfig = LiveConfig()
     # Not `validate`, which is a method of pydantic's models.
     validation: Annotated[ValidateConfig, Field(alias="validate")] = ValidateConfig()
     sweep: dict[str, SweptValues] | None = None
+    plan: PlanConfig | None = None
+    capacity: CapacityConfig | None = None
 
     @field_validator("sweep")
     @classmethod
@@ -336,7 +318,7 @@ class Config(Section):
             keys = [name.strip() for name in names.split(",")]
             for key in keys:
                 check_path(key)
-                if key.partition(".")[0] in ("sweep", "name"):
+                if key.partition(".")[0] in NOT_VARIED:
                     raise ValueError(f"a sweep can't vary '{key}'")
                 if key in seen:
                     raise ValueError(f"'{key}' is there twice")
@@ -346,6 +328,15 @@ class Config(Section):
             if len(keys) > 1:
                 _check_rows(names, len(keys), values)
         return sweep
+
+    @field_validator("plan")
+    @classmethod
+    def _policies_change_known_keys(cls, plan: PlanConfig | None) -> PlanConfig | None:
+        for path in (path for changes in ((plan and plan.policies) or {}).values() for path in changes):
+            check_path(path)
+            if path.partition(".")[0] in (*NOT_VARIED, "model", "device", "workload", "slo", "seed"):
+                raise ValueError(f"a policy can't change '{path}'")
+        return plan
 
     @model_validator(mode="after")
     def _a_ring_takes_whole_prompts(self) -> Config:

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from experiments.build import Experiment, build
 from experiments.grid import Cell, cells
 from experiments.load import dump_yaml, load_config
-from experiments.run import summarize_run
+from experiments.store import Outcome, is_finished, open_store, read_summary, run_cells
 from experiments.tables import print_table
 from experiments.text import number, percent, seconds
-from sim.cluster import simulate
-from specs.errors import InputError
-from traces.records import RunRecords
 
-Work = TypeVar("Work")
-
-MARK = "sweep.yaml"
-_CELLS = "cells"
 _NOT_RESULTS = ("wall_s",)  # differ from run to run
 _SHOWN_ROWS = 40
 _HEADLINES: Mapping[str, Callable[[float], str]] = {
@@ -49,15 +39,6 @@ class SweepOptions:
     quiet: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of a cell: ``status`` is finished, failed or interrupted; ``error`` says why it failed."""
-
-    id: str
-    status: str
-    error: str = ""
-
-
 def sweep(options: SweepOptions) -> int:
     """Simulate all cells that haven't finished yet, and write the table of results.
 
@@ -68,18 +49,15 @@ def sweep(options: SweepOptions) -> int:
     """
     where = str(options.config)
     grid = cells(options.config, options.overrides)
-    folder = _folder(options)
-    prepare(folder)
     config = load_config(options.config, options.overrides)
-    write_text(folder / MARK, dump_yaml(config))
+    folder = open_store(options.out, config.name, "sweep", dump_yaml(config))
     unique = {cell.id: cell for cell in grid}
-    todo = [cell for cell in unique.values() if not result_file(folder, cell.id).is_file()]
-    work = partial(run_cell, where=where, folder=folder.absolute(), summarize=summarize_run)
+    done = sum(is_finished(folder, id) for id in unique)
     failures: dict[str, str] = {}
     interrupted = False
-    with _progress(len(unique), len(unique) - len(todo), grid, folder, quiet=options.quiet) as advance:
+    with _progress(len(unique), done, grid, folder, quiet=options.quiet) as advance:
         try:
-            for outcome in outcomes_of(todo, work, options.jobs, options.backend):
+            for outcome in run_cells(grid, where, folder, jobs=options.jobs, backend=options.backend):
                 if outcome.status == "interrupted":
                     interrupted = True
                     break
@@ -95,119 +73,6 @@ def sweep(options: SweepOptions) -> int:
     if interrupted:
         return 130
     return 1 if failures else 0
-
-
-def _folder(options: SweepOptions) -> Path:
-    """The folder to write to or to go on in.
-
-    Raises:
-        InputError: it is there and isn't a sweep's, or can't be written to.
-    """
-    name = load_config(options.config, options.overrides).name
-    folder = Path(options.out) if options.out is not None else Path("out") / f"{name}.sweep"
-    try:
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"--out {folder}: is there and is not a folder; choose another")
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).is_file():
-            raise InputError(f"--out {folder}: is not empty and holds no sweep of Convoy; choose another")
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--out {folder}: {getattr(error, 'strerror', None) or error}") from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"--out {folder}: can't be written to")
-    return folder
-
-
-# -- cells ------------------------------------------------------------------------------------------------
-
-
-def outcomes_of(
-    todo: Sequence[Work], work: Callable[[Work], Outcome], jobs: int | None = None, backend: str = "loky"
-) -> Iterator[Outcome]:
-    """Do ``work`` on everything in ``todo``, as much at once as there are jobs (None: one for each core);
-    outcomes come as they are ready."""
-    jobs = min(jobs or _cores(), max(len(todo), 1))
-    if backend == "loky" and jobs == 1:
-        yield from map(work, todo)
-        return
-    from joblib import Parallel, delayed, parallel_config
-
-    if backend == "ray":
-        _start_ray()
-    with parallel_config(backend=backend):
-        # Cells are handed out a few at a time, and nothing of a finished one stays here.
-        parallel = Parallel(
-            n_jobs=jobs, return_as="generator_unordered", pre_dispatch="2*n_jobs", batch_size=1
-        )
-        yield from parallel(delayed(work)(each) for each in todo)
-
-
-def run_cell(
-    cell: Cell, *, where: str, folder: Path, summarize: Callable[[RunRecords, Experiment], Mapping[str, Any]]
-) -> Outcome:
-    """Simulate one cell and keep its summary in ``folder``."""
-
-    def summary() -> Mapping[str, Any] | None:
-        experiment = build(cell.config, where)
-        records = simulate(experiment.workload, experiment.setup)
-        return None if records.interrupted else summarize(records, experiment)
-
-    return keep_result(cell.id, folder, summary)
-
-
-def keep_result(id: str, folder: Path, compute: Callable[[], Mapping[str, Any] | None]) -> Outcome:
-    """Compute a cell's result and keep it in ``folder``, complete or not at all; None is an interruption."""
-    try:
-        result = compute()
-        if result is None:
-            return Outcome(id, "interrupted")
-        write_text(result_file(folder, id), json.dumps(result, allow_nan=False) + "\n")
-    except KeyboardInterrupt:
-        return Outcome(id, "interrupted")
-    except InputError as error:
-        return Outcome(id, "failed", " ".join(str(error).split()))
-    except Exception as error:  # one cell's trouble must not end the others
-        return Outcome(id, "failed", f"{type(error).__name__}: {' '.join(str(error).split())}")
-    return Outcome(id, "finished")
-
-
-def prepare(folder: Path) -> None:
-    """Make room for results in ``folder``; what a killed process left half-written goes."""
-    (folder / _CELLS).mkdir(parents=True, exist_ok=True)
-    for left_over in (folder / _CELLS).glob(".*.tmp"):
-        left_over.unlink(missing_ok=True)
-
-
-def result_file(folder: Path, id: str) -> Path:
-    """Where the result of a cell is kept."""
-    return folder / _CELLS / f"{id}.json"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file that is there in full or not at all, whenever the process is killed."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _start_ray() -> None:
-    try:
-        import ray
-        from ray.util.joblib import register_ray
-    except ImportError:
-        raise InputError(
-            "--backend ray: ray isn't installed; in Convoy's folder: pip install -e '.[ray]'"
-        ) from None
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False)
-    register_ray()
 
 
 # -- results ----------------------------------------------------------------------------------------------
@@ -227,21 +92,12 @@ def table(folder: Path, grid: Sequence[Cell], failures: Mapping[str, str]) -> li
     return rows
 
 
-def read_summary(folder: Path, id: str) -> dict[str, Any] | None:
-    """The summary of a finished cell."""
-    try:
-        found = json.loads(result_file(folder, id).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
 def flat(summary: Mapping[str, Any]) -> dict[str, Any]:
     """A summary as columns: ``ttft_s_p50`` and so on."""
     columns: dict[str, Any] = {}
     for key, value in summary.items():
         if isinstance(value, Mapping):
-            columns |= {f"{key}_{name}": each for name, each in value.items()}
+            columns |= {f"{key}_{name}": each for name, each in flat(value).items()}
         elif key not in _NOT_RESULTS:
             columns[key] = value
     return columns

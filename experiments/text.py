@@ -27,6 +27,13 @@ def number(value: float) -> str:
     return f"{rounded:,.{max(0, digits)}f}"
 
 
+def usd(value: float) -> str:
+    """Dollars, with cents, or three figures of what is below one."""
+    if not math.isfinite(value):
+        return "–"
+    return f"${value:,.2f}" if abs(value) >= 1 or value == 0 else f"${number(value)}"
+
+
 def percent(share: float) -> str:
     """A share as a percentage that is 100 or 0 only if the share is 1 or 0."""
     if share in (0.0, 1.0):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from traces.pressure import mean_phases, missed_shares, pressure
 from traces.records import FINISHED, REJECTED, RunRecords
 
 FloatArray = NDArray[np.float64]
@@ -61,9 +62,16 @@ def summarize(
         result["goodput_rps"] = float(met.sum()) / records.end_s
     if len(met):
         result["slo_attainment"] = float(met.mean())
+        result["missed"] = missed_shares(records, tpot_targets_s)
+    if len(records.slo_names) > 1:
+        result["classes"] = _classes(records, met)
+    if found := mean_phases(records):
+        result["phases_s"] = found
     kv = kv_utilization(records)
     if kv is not None:
         result["kv_utilization"] = kv
+    if found := pressure(records):
+        result["pressure"] = found
     if records.work.predicted_s > 0:
         result["extrapolated_time_share"] = records.work.extrapolated_s / records.work.predicted_s
     if records.work.looked_up_tokens:
@@ -72,6 +80,19 @@ def summarize(
     if records.interrupted:
         result["interrupted"] = True
     return result | dict(extra or {})
+
+
+def _classes(records: RunRecords, met: NDArray[np.bool_]) -> dict[str, dict[str, Any]]:
+    """Number of requests, attainment and latencies of each class that has requests."""
+    found = {}
+    for code, name in enumerate(records.slo_names):
+        mine = records.requests["slo_class"] == code
+        if mine.any():
+            found[name] = {"num_requests": int(mine.sum()), "slo_attainment": float(met[mine].mean())}
+            for key, values in (("ttft_s", records.ttft_s), ("tpot_s", records.tpot_s)):
+                if statistics := describe_values(values[mine]):
+                    found[name][key] = statistics
+    return found
 
 
 def slo_met(records: RunRecords, tpot_targets_s: Sequence[float | None]) -> NDArray[np.bool_]:

@@ -15,7 +15,7 @@ from experiments.grid import Cell
 from experiments.paper import measures
 from experiments.paper.figures import PaperCell, figure_names, load_figure
 from experiments.paper.results import Results
-from experiments.sweep import (
+from experiments.store import (
     Outcome,
     keep_result,
     outcomes_of,
