@@ -324,7 +324,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Searches TP x SPP x KVP x replicas x policies x devices for the cheapest deployment that holds the "
         "SLOs, checks it against its neighbours, and says how much more traffic it takes. Writes plan.json "
-        "and report.html. Simulations that have finished are kept: started again on the same folder, it goes on."
+        "and report.html. Finished simulations are kept: started again on the same folder, it goes on."
     )
     parser.epilog = "Exit status: 0, 1 if no deployment holds, 2 bad input, 130 stopped by Ctrl-C."
     _add_store(parser, "plan")

@@ -67,7 +67,7 @@ class PlanFacts:
         if any(self.config.slo.of_class(name).ttft.multiplier for name in self.workload.slo_names):
             notes.append(
                 "The promised TTFT grows with the time that a prompt takes alone on each deployment "
-                "(slo.ttft.multiplier): a slower one promises less. Give slo.ttft in seconds to ask the same of all."
+                "(slo.ttft.multiplier): a slower one promises less. slo.ttft in seconds asks the same of all."
             )
         if all(self.config.slo.of_class(name).tpot_s is None for name in self.workload.slo_names):
             notes.append("No time per output token is promised (slo.tpot_s), so it counts for nothing here.")
