@@ -268,10 +268,11 @@ def _slos(config: Config, names: tuple[str, ...]) -> tuple[Slo, ...]:
         if name not in names:
             known = f"{suggestion(name, names)} ({', '.join(names)})"
             raise InputError(f"slo.classes.{name}: the workload has no such class{known}")
-    return tuple(_slo(config.slo.of_class(name)) for name in names)
+    return tuple(slo_of(config.slo.of_class(name)) for name in names)
 
 
-def _slo(promise: SloClassConfig) -> Slo:
+def slo_of(promise: SloClassConfig) -> Slo:
+    """What a class was promised, as the scheduler takes it."""
     return Slo(TtftTarget(promise.ttft.multiplier, promise.ttft.floor_s), promise.tpot_s)
 
 

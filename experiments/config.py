@@ -26,6 +26,7 @@ _POLICY = SchedulerSettings()  # its defaults are ours
 
 Dtype = Literal["bf16", "fp8", "fp32"]
 Latency = Literal["ttft_s", "tpot_s", "tbt_s", "e2e_s"]
+_JUDGED: tuple[Latency, ...] = ("ttft_s", "tpot_s")
 MAX_CASES = 1000
 NOT_VARIED = ("name", "sweep", "plan", "capacity")  # by a sweep, a case or a policy
 
@@ -221,9 +222,7 @@ class RequestTolerance(QuantileTolerance):
     p90: Positive = 0.10
     noise_factor: NotNegative = 1.5
     speed: Literal["profile", "measured"] = "profile"
-    metrics: Annotated[list[Latency], Field(min_length=1)] = Field(
-        default_factory=lambda: ["ttft_s", "tpot_s"]
-    )
+    metrics: Annotated[list[Latency], Field(min_length=1)] = Field(default_factory=lambda: list(_JUDGED))
 
 
 class ValidateConfig(Section):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -34,7 +34,7 @@ class Deployment:
 
     Attributes:
         changes: what it changes in the configuration, by dotted keys.
-        usd_per_hour: of all its GPUs.
+        usd_per_hour, gpus: of all its replicas.
     """
 
     device: str
@@ -45,11 +45,7 @@ class Deployment:
     policy: str
     changes: Mapping[str, Any] = field(hash=False, compare=False)
     usd_per_hour: float
-
-    @property
-    def gpus(self) -> int:
-        """GPUs of all replicas."""
-        return self.replicas * self.tp * self.spp * self.kvp
+    gpus: int
 
     @property
     def kind(self) -> Kind:
@@ -134,9 +130,13 @@ def replica_numbers(most: int) -> list[int]:
 
 def with_replicas(deployment: Deployment, replicas: int) -> Deployment:
     """The same kind with another number of replicas."""
-    price = deployment.usd_per_hour / deployment.replicas
-    changes = {**deployment.changes, "parallel.replicas": replicas}
-    return Deployment(*deployment.kind[:4], replicas, deployment.policy, changes, price * replicas)
+    return replace(
+        deployment,
+        replicas=replicas,
+        changes={**deployment.changes, "parallel.replicas": replicas},
+        usd_per_hour=deployment.usd_per_hour / deployment.replicas * replicas,
+        gpus=deployment.gpus // deployment.replicas * replicas,
+    )
 
 
 def cell_of(
@@ -191,8 +191,9 @@ def _deployment(
         "parallel.kvp": parallel.kvp,
         "parallel.replicas": replicas,
     }
-    price = usd * parallel.gpus_per_replica * replicas
-    return Deployment(device, parallel.tp, parallel.spp, parallel.kvp, replicas, policy, changes, price)
+    gpus = parallel.gpus_per_replica * replicas
+    shape = parallel.tp, parallel.spp, parallel.kvp
+    return Deployment(device, *shape, replicas, policy, changes, usd * gpus, gpus)
 
 
 def _shapes(
@@ -205,12 +206,11 @@ def _shapes(
     for tp in plan.tp or tp_choices(model, device):
         for spp in plan.spp or stages:
             for kvp in plan.kvp or groups:
-                shape = ParallelSpec(
-                    1, tp, spp, kvp, parallel.pipeline, kvp_tokens_per_group=parallel.kvp_tokens_per_group
-                )
-                if shape.gpus_per_replica > plan.gpus:
-                    continue
+                changed = {"replicas": 1, "tp": tp, "spp": spp, "kvp": kvp}
                 try:
+                    shape = ParallelSpec(**(parallel.model_dump() | changed))
+                    if shape.gpus_per_replica > plan.gpus:
+                        continue
                     shape.check(model, device)
                     check_sharding(shape, config.scheduler.kv.block_tokens)
                 except InputError:

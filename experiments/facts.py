@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from experiments.build import Experiment
 from experiments.load import dump_yaml
-from experiments.report import ClassRow, ReportFacts
+from experiments.report import ClassRow, PhaseBar, ReportFacts
 from experiments.text import percent, seconds
 from experiments.version import version
 from policies.slo import Slo
 from traces.metrics import describe_values, slo_met
-from traces.records import RunRecords
+from traces.pressure import phases
+from traces.records import FINISHED, RunRecords
+
+PHASE_NAMES = ("queue", "prefill", "decode")
+_SLOWEST = (0.1, 0.01)
 
 
 def report_facts(records: RunRecords, experiment: Experiment) -> ReportFacts:
@@ -34,7 +40,39 @@ def report_facts(records: RunRecords, experiment: Experiment) -> ReportFacts:
         notes=notes,
         config_yaml=dump_yaml(config),
         version=version(),
+        phase_names=PHASE_NAMES,
+        phases=_phases(records),
     )
+
+
+def _phases(records: RunRecords) -> list[PhaseBar]:
+    """Of all finished requests, of the slowest, and of each class if there are several."""
+    finished = records.requests["status"] == FINISHED
+    if not finished.any():
+        return []
+    e2e_s = np.where(finished, records.e2e_s, -1.0)
+    groups = [("all finished requests", finished)]
+    groups += [
+        (f"the slowest {percent(share)}", finished & (e2e_s >= np.quantile(e2e_s[finished], 1 - share)))
+        for share in _SLOWEST
+        if finished.sum() >= 10 / share
+    ]
+    if len(records.slo_names) > 1:
+        codes = records.requests["slo_class"]
+        groups += [(name, finished & (codes == code)) for code, name in enumerate(records.slo_names)]
+    parts = phases(records)
+    return [
+        phase_bar(label, {name: float(values[mine].mean()) for name, values in parts.items()})
+        for label, mine in groups
+        if mine.any()
+    ]
+
+
+def phase_bar(label: str, means_s: Mapping[str, float]) -> PhaseBar:
+    """A bar of the mean seconds in each phase, by their names in ``phases_s`` of summary.json."""
+    total_s = sum(means_s.values())
+    texts = ", ".join(f"{name} {seconds(value)}" for name, value in means_s.items())
+    return label, f"{seconds(total_s)}: {texts}", [value / max(total_s, 1e-12) for value in means_s.values()]
 
 
 def _layout(experiment: Experiment) -> str:
@@ -69,7 +107,7 @@ def _classes(records: RunRecords, experiment: Experiment) -> list[ClassRow]:
         rows.append(
             ClassRow(
                 name=name,
-                promise=_promise(slo),
+                promise=promise(slo),
                 requests=f"{count:,}",
                 met=percent(float(met[mine].mean())) if count else "",
                 latencies=["" if value is None else seconds(value) for value in wanted],
@@ -78,7 +116,8 @@ def _classes(records: RunRecords, experiment: Experiment) -> list[ClassRow]:
     return rows
 
 
-def _promise(slo: Slo) -> str:
+def promise(slo: Slo) -> str:
+    """A promise in words."""
     target = slo.ttft
     floor = seconds(target.floor_s)
     ttft = (

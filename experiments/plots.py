@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
 
 import numpy as np
@@ -43,16 +43,17 @@ def draw_plots(data: PlotData) -> dict[str, bytes]:
     if timeline is not None:
         drawings["queue_kv"] = lambda figure: _queue_kv(figure, timeline)
         drawings["batches"] = lambda figure: _batches(figure, timeline)
-    return {stem: _png(title, drawings[stem]) for stem, title in TITLES.items() if stem in drawings}
+    return {stem: picture(title, drawings[stem]) for stem, title in TITLES.items() if stem in drawings}
 
 
 def draw_cdf(title: str, curves: list[Cdf], what: str) -> bytes:
     """A PNG image of some distributions of one latency, ``what``."""
-    return _png(title, lambda figure: _cdf(figure, curves, what))
+    return picture(title, lambda figure: _cdf(figure, curves, what))
 
 
-def _png(title: str, draw: Callable[[Figure], None]) -> bytes:
-    figure = Figure(figsize=(7.2, 4.0), dpi=_DPI, facecolor="white")
+def picture(title: str, draw: Callable[[Figure], None], size: tuple[float, float] = (7.2, 4.0)) -> bytes:
+    """A PNG image under a title; ``draw`` fills the figure, ``size`` is in inches."""
+    figure = Figure(figsize=size, dpi=_DPI, facecolor="white")
     FigureCanvasAgg(figure)
     figure.suptitle(title, x=0.02, ha="left", fontsize=11, fontweight="bold", color=_INK)
     draw(figure)
@@ -71,7 +72,7 @@ def _cdf(figure: Figure, curves: list[Cdf], what: str) -> None:
     for place, target_s in enumerate(targets_s):
         label = "target" if place == 0 else None
         axes.axvline(target_s, color=_INK, linewidth=1.2, linestyle="--", label=label)
-    _scale_time(axes, "x", np.concatenate([curve.values for curve in curves]), targets_s)
+    scale_time(axes, "x", np.concatenate([curve.values for curve in curves]), targets_s)
     for share in (0.5, 0.9, 0.99):
         axes.axhline(share, color=_GRID, linewidth=0.8, zorder=0)
     axes.set_yticks([0.0, 0.25, 0.5, 0.75, 0.9, 0.99], ["0", "25 %", "50 %", "75 %", "90 %", "99 %"])
@@ -100,7 +101,7 @@ def _ttft_over_time(figure: Figure, scatter: Scatter) -> None:
         linewidths=0,
         alpha=0.8,
     )
-    _scale_time(axes, "y", scatter.ttft_s)
+    scale_time(axes, "y", scatter.ttft_s)
     axes.set_xlabel("arrival (s)")
     axes.set_ylabel("time to first token (s)")
     if norm is not None:
@@ -159,6 +160,12 @@ def _axes(figure: Figure, rows: int) -> list[Axes]:
     """``rows`` axes above each other that share their x axis, in the house style."""
     all_axes: list[Axes] = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0].tolist()
     figure.subplots_adjust(left=0.125, right=0.97, top=0.86, bottom=0.135, hspace=0.12)
+    return house_style(all_axes)
+
+
+def house_style(all_axes: Iterable[Axes]) -> list[Axes]:
+    """Give axes their looks; returns them."""
+    all_axes = list(all_axes)
     for axes in all_axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color("#999999")
@@ -174,7 +181,7 @@ def _axes(figure: Figure, rows: int) -> list[Axes]:
     return all_axes
 
 
-def _scale_time(axes: Axes, which: str, values: FloatArray, marks: Sequence[float] = ()) -> None:
+def scale_time(axes: Axes, which: str, values: FloatArray, marks: Sequence[float] = ()) -> None:
     """Make an axis of seconds logarithmic if the values and marks on it are spread widely, and its labels
     plain numbers."""
     positive = values[values > 0.0]

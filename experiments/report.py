@@ -23,6 +23,10 @@ _LATENCIES = (
 STATISTICS = ("mean", "p50", "p90", "p95", "p99", "max")
 
 
+PhaseBar = tuple[str, str, Sequence[float]]
+"""Some requests, their mean time in words, and the share of each phase in it."""
+
+
 @dataclass(frozen=True, slots=True)
 class ClassRow:
     """One class of requests; ``latencies``: TTFT p50, p90, p99 and TPOT p50, p99, empty without a sample."""
@@ -48,16 +52,15 @@ class ReportFacts:
     notes: Sequence[str]
     config_yaml: str
     version: str
+    phase_names: Sequence[str] = ()
+    phases: Sequence[PhaseBar] = ()
 
 
 def render_report(summary: Mapping[str, Any], facts: ReportFacts, plots: Sequence[tuple[str, bytes]]) -> str:
     """The page; ``plots`` are (title, PNG image) in order."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    return environment.get_template("report.html.j2").render(
+    return render_page(
+        "report.html.j2",
+        plots,
         facts=facts,
         verdict=verdict(summary),
         headlines=_headlines(summary),
@@ -66,8 +69,18 @@ def render_report(summary: Mapping[str, Any], facts: ReportFacts, plots: Sequenc
         throughput=_throughput(summary),
         hardware=_hardware(summary),
         origin=_origin(summary),
-        plots=[(title, base64.b64encode(image).decode("ascii")) for title, image in plots],
     )
+
+
+def render_page(template: str, plots: Sequence[tuple[str, bytes]], **content: Any) -> str:
+    """A page of one of the templates; it loads nothing from elsewhere. ``plots`` are (title, PNG image)."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    images = [(title, base64.b64encode(image).decode("ascii")) for title, image in plots]
+    return environment.get_template(template).render(plots=images, **content)
 
 
 def verdict(summary: Mapping[str, Any]) -> tuple[str, str, str]:

@@ -166,9 +166,9 @@ def promising(trials: Sequence[Trial], width: int, *, with_front: bool = True) -
     bar = cheapest[0].deployment.usd_per_hour if cheapest else float("inf")
     hopes = [trial for trial in alive if not trial.holds and trial.deployment.usd_per_hour < bar]
     hopes.sort(key=lambda trial: (-trial.attainment, order(trial.deployment)))
-    best = front(holding) if with_front else []
+    unbeaten = front(holding) if with_front else []
     # In turn from the three lists, so that none crowds out another.
-    turns = chain.from_iterable(zip_longest(cheapest, best, hopes))
+    turns = chain.from_iterable(zip_longest(cheapest, unbeaten, hopes))
     chosen = dict.fromkeys(trial.deployment for trial in turns if trial is not None)
     return list(chosen)[:width]
 

@@ -179,4 +179,4 @@ def _start_ray() -> None:
         ) from None
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
-    register_ray()
+    register_ray()  # type: ignore[no-untyped-call,unused-ignore]

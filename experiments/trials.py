@@ -35,7 +35,8 @@ class Trial:
     @property
     def latencies(self) -> tuple[float, float]:
         """TTFT p99 and TPOT p99, seconds; infinite without a sample."""
-        return tuple(self.summary.get(key, {}).get("p99", math.inf) for key in ("ttft_s", "tpot_s"))  # type: ignore[return-value]
+        ttft, tpot = self.summary.get("ttft_s", {}), self.summary.get("tpot_s", {})
+        return ttft.get("p99", math.inf), tpot.get("p99", math.inf)
 
     @property
     def rank(self) -> tuple[Any, ...]:

@@ -65,13 +65,11 @@ def summarize(
         result["missed"] = missed_shares(records, tpot_targets_s)
     if len(records.slo_names) > 1:
         result["classes"] = _classes(records, met)
-    if found := mean_phases(records):
-        result["phases_s"] = found
+    result |= {"phases_s": means} if (means := mean_phases(records)) else {}
     kv = kv_utilization(records)
     if kv is not None:
         result["kv_utilization"] = kv
-    if found := pressure(records):
-        result["pressure"] = found
+    result |= {"pressure": strain} if (strain := pressure(records)) else {}
     if records.work.predicted_s > 0:
         result["extrapolated_time_share"] = records.work.extrapolated_s / records.work.predicted_s
     if records.work.looked_up_tokens:
@@ -84,7 +82,7 @@ def summarize(
 
 def _classes(records: RunRecords, met: NDArray[np.bool_]) -> dict[str, dict[str, Any]]:
     """Number of requests, attainment and latencies of each class that has requests."""
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for code, name in enumerate(records.slo_names):
         mine = records.requests["slo_class"] == code
         if mine.any():
