@@ -50,7 +50,7 @@ class PredictorConfig(Section):
     source: Literal["auto", "measured", "imported", "roofline"] = "auto"
     profile: str | None = None
     host: HostConfig | None = None
-    cuda_graphs: Annotated[int, BeforeValidator(_whole), Field(ge=0, le=65536)] = 0
+    cuda_graphs: Annotated[int, BeforeValidator(whole_number), Field(ge=0, le=65536)] = 0
     factors: dict[str, Positive] = Field(default_factory=dict)
 
 

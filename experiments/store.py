@@ -1,7 +1,7 @@
 """The store of cells: one simulation each, kept as soon as it has finished, by one process or many.
 
-Sweeps, plans, capacity searches and the paper's figures share it. A cell that is there is never simulated again; a process that
-is killed, at whatever moment, leaves whole cells only.
+Sweeps, plans, capacity searches and the paper's figures share it. A cell that is there is never simulated
+again; a process that is killed, at whatever moment, leaves whole cells only.
 """
 
 from __future__ import annotations
