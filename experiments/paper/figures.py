@@ -12,10 +12,11 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from experiments.config import Config, Section, merged
+from experiments.config import Config, merged
 from experiments.grid import cell_id, code_version, hash_of
 from experiments.load import validate
 from experiments.paper import measures
+from experiments.section import Section
 from experiments.yaml_files import read_yaml_mapping
 from specs.errors import InputError
 
