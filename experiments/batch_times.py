@@ -199,5 +199,5 @@ def _stages_s(cost: IterationModel, load: Load, attention_s: float) -> list[tupl
     total_s = cost.stage_times_s(load.tokens, load.rows, load.requests, attention_s)
     head_s, host_s = [0.0] * len(total_s), [0.0] * len(total_s)
     head_s[-1] = total_s[-1] - cost.stage_times_s(load.tokens, 0, load.requests, attention_s)[-1]
-    host_s[0] = cost.host.base_s + load.requests * cost.host.per_request_s
+    host_s[0] = cost.host_s(load.tokens, load.requests)
     return [(s - a - b, a, b) for s, a, b in zip(total_s, head_s, host_s, strict=True)]

@@ -249,9 +249,7 @@ def _iteration_model(
         max_batch_tokens=max(scheduler.max_batch_tokens, longest_chunk),
         max_batch_requests=scheduler.max_batch_requests,
         max_chunk_tokens=longest_chunk,
-        host=None
-        if host is None
-        else HostOverhead(host.base_s, host.per_request_s, prefill_s=host.prefill_s),
+        host=None if host is None else HostOverhead(**host.model_dump()),
         graph_tokens=graph_sizes(config.predictor.cuda_graphs),
     )
 

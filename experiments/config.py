@@ -32,11 +32,15 @@ NOT_VARIED = ("name", "sweep", "plan", "capacity")  # by a sweep, a case or a po
 
 
 class HostConfig(Section):
-    """Time that the host adds to each iteration, seconds; ``prefill_s`` to those with prompt tokens."""
+    """Seconds that the host adds to each iteration; ``root_s`` times the root of its requests, ``prefill_s``
+    to one with prompt tokens, ``ranks_s`` to one that several ranks execute."""
 
     base_s: NotNegative = 0.0
     per_request_s: NotNegative = 0.0
+    root_s: NotNegative = 0.0
     prefill_s: NotNegative = 0.0
+    per_prefill_token_s: NotNegative = 0.0
+    ranks_s: NotNegative = 0.0
 
 
 class PredictorConfig(Section):

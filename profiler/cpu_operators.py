@@ -22,6 +22,7 @@ from profiler.physics import (
 from profiler.small_operators import elementwise_columns
 from specs.devices import DeviceSpec
 
+SOCKET_BYTES = 1 << 20  # a message from which on gloo's write to a socket is taken in parts
 CORE_CACHE_BYTES = 1 << 20  # of one core's own cache: 1 MiB (Zen 4) to 2 MiB (Sapphire Rapids)
 # Keys that torch's flash kernel for CPUs takes at once, and rows, by how many there are
 # (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp).
@@ -307,10 +308,10 @@ class CpuElementwise(Additive):
 
 class CpuCollective(Additive):
     """A collective among processes: waking each other, and bytes through sockets, slower when there are more
-    than a cache holds."""
+    than a cache holds. A message that a socket doesn't take at once costs another round of waking."""
 
     growth_axis = 0
-    tiers = ("far_byte_s",)
+    tiers = ("round_s", "far_byte_s")
 
     def __init__(self, device: DeviceSpec, kind: str) -> None:
         self.operator = kind
@@ -323,6 +324,7 @@ class CpuCollective(Additive):
             "base_s": Parameter.rate(device.kernel_launch_s + link.latency_s),
             "step_s": Parameter.rate(link.latency_s),
             "byte_s": Parameter.rate(1.0 / link.bandwidth_bytes_per_s),
+            "round_s": Parameter.rate(0.0),
             "far_byte_s": Parameter.rate(0.0),
         }
 
@@ -345,6 +347,7 @@ class CpuCollective(Additive):
             "step_s": np.log2(ranks),
             # An all-reduce sums what it has received and sends the sums.
             "byte_s": received * (2.0 if self.operator == "all_reduce" else 1.0),
+            "round_s": (received / (ranks - 1.0) >= SOCKET_BYTES).astype(np.float64),
             "far_byte_s": np.maximum(received - CORE_CACHE_BYTES, 0.0),
         }
 

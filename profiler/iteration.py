@@ -105,6 +105,8 @@ class IterationModel:
         self._compile_decodes(max_batch_requests)
         heads = self._heads, self._kv_heads, model.head_dim
         self._joint = JointTable(kernels, heads, model.num_layers, max_chunk_tokens, max_batch_requests)
+        self._ranks = parallel.gpus_per_replica
+        self._host_table = [self.host.decodes_s(n, self._ranks) for n in range(max_batch_requests + 1)]
         self._sharding = Sharding(parallel.kvp, parallel.kvp_tokens_per_group)
         self._shards = ShardTimes(model, kernels, parallel, np.array(self._chunk_knots, dtype=np.float64))
 
@@ -114,13 +116,7 @@ class IterationModel:
         """Seconds of all but attention, over all layers and stages: see ``CostModel.tokens_s``."""
         by_tokens = self._tokens_table[tokens] if tokens < self._dense else self._tokens_line.at(tokens)
         by_rows = self._rows_table[rows] if rows < len(self._rows_table) else self._rows_line.at(rows)
-        return by_tokens + by_rows + self._host_s(tokens, requests)
-
-    def _host_s(self, tokens: int, requests: int) -> float:
-        """The host's time; more tokens than requests are a prefill's."""
-        host = self.host
-        prefill_s = host.prefill_s if tokens > requests else 0.0
-        return host.base_s + requests * host.per_request_s + prefill_s
+        return by_tokens + by_rows + self.host_s(tokens, requests)
 
     def chunk_attention_s(self, chunk_tokens: int, context_tokens: int) -> float:
         """Seconds of attention of one chunk, over all layers."""
@@ -181,7 +177,7 @@ class IterationModel:
         by_tokens = self._layers_s(tokens) + attention_s
         layers = self.model.num_layers
         times = [by_tokens * count / layers for count in self.stage_layers]
-        times[0] += self._host_s(tokens, requests)
+        times[0] += self.host_s(tokens, requests)
         times[-1] += self._rows_table[rows] if rows < len(self._rows_table) else self._rows_line.at(rows)
         return times
 
@@ -196,8 +192,16 @@ class IterationModel:
         found = self._tokens_outside[tokens] if dense else self._tokens_outside_line.at(tokens)
         found += self._rows_outside[min(rows, len(self._rows_outside) - 1)]
         if self.host.source == "assumed":
-            found += self._host_s(tokens, requests)
+            found += self.host_s(tokens, requests)
         return found
+
+    def host_s(self, tokens: int, requests: int) -> float:
+        """Seconds of the host's work in an iteration: one of more tokens than requests has a chunk."""
+        known = requests < len(self._host_table)
+        decodes_s = self._host_table[requests] if known else self.host.decodes_s(requests, self._ranks)
+        if tokens <= requests:
+            return decodes_s
+        return decodes_s + self.host.prefill_s + (tokens - requests) * self.host.per_prefill_token_s
 
     def chunk_is_extrapolated(self, chunk_tokens: int, context_tokens: int) -> bool:
         """Whether a chunk's attention lies outside what was measured."""
@@ -250,7 +254,7 @@ class IterationModel:
         if handovers:
             result.append(make_row("stage hand-over", self._handover(np.array([float(tokens)])), handovers))
         requests = len(chunks) + decodes
-        host_s = self._host_s(sum(chunk for chunk, _ in chunks) + decodes, requests)
+        host_s = self.host_s(sum(chunk for chunk, _ in chunks) + decodes, requests)
         result.append(OperatorRow("host overhead", host_s, 0.0, self.host.source, False))
         return result
 

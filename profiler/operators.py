@@ -248,22 +248,28 @@ class OperatorModel:
 
 def _fit_rates(physics: Additive, shape: Shape, time_s: FloatArray) -> dict[str, float]:
     """Rates of 0 or more with the least Σ |predicted ÷ measured − 1|: reweighted least squares."""
-    from scipy.optimize import nnls
-
     terms = physics.terms(shape)
     unknown = [name for name in physics.tiers if np.count_nonzero(terms[name]) < FEWEST_IN_TIER]
     names = [name for name in physics.parameters if name not in unknown]
     design = np.stack([terms[name] for name in names], axis=1) / time_s[:, None]
+    return {**dict.fromkeys(unknown, 0.0), **dict(zip(names, rates_of_unity(design), strict=True))}
+
+
+def rates_of_unity(design: FloatArray) -> list[float]:
+    """Rates of 0 or more, one a column, that bring Σ rate · column nearest to 1 in every row: least sum of
+    the sizes of errors, by reweighted least squares."""
+    from scipy.optimize import nnls
+
     # In units of the largest value of each, so that their sizes don't matter to the solver.
     scale = np.maximum(design.max(axis=0), 1e-30)
-    design /= scale
-    weight = np.ones(len(time_s))
-    rates = np.zeros(len(names))
+    design = design / scale
+    weight = np.ones(len(design))
+    rates = np.zeros(design.shape[1])
     for _ in range(REWEIGHTINGS):
         rates, _ = nnls(design * weight[:, None], weight)
         # The square root, since it is squared again; errors under 2 % are noise.
         weight = 1.0 / np.sqrt(np.maximum(np.abs(design @ rates - 1.0), 0.02))
-    return {**dict.fromkeys(unknown, 0.0), **dict(zip(names, map(float, rates / scale), strict=True))}
+    return [float(rate) for rate in rates / scale]
 
 
 def _kernel(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.floating]:

@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from profiler.estimate import FloatArray
+from profiler.operators import rates_of_unity
+
+HOST_RATES = ("base_s", "per_request_s", "root_s", "prefill_s", "per_prefill_token_s", "ranks_s")
 
 
 @dataclass(frozen=True, slots=True)
 class HostOverhead:
-    """Time the host adds to each iteration (scheduling, launching, sampling) that the device doesn't hide;
-    `prefill_s` only if it has prompt tokens: an engine runs decodes alone as one CUDA graph, and all else
-    kernel by kernel."""
+    """Time the host adds to each iteration (scheduling, launching, collecting) that the device doesn't hide.
+
+    Attributes:
+        root_s: times the root of the number of requests: the first find less in the caches than the others.
+        prefill_s: of an iteration that takes in a prompt or a part of one. Engines may run decodes alone as
+            one CUDA graph, and all else kernel by kernel.
+        per_prefill_token_s: of each token beyond one a request.
+        ranks_s: of one that several ranks execute, for the messages to them and back.
+    """
 
     base_s: float = 0.0
     per_request_s: float = 0.0
-    source: str = "assumed"
+    root_s: float = 0.0
     prefill_s: float = 0.0
+    per_prefill_token_s: float = 0.0
+    ranks_s: float = 0.0
+    source: str = "assumed"
 
-    def at(self, requests: FloatArray) -> FloatArray:
-        """Seconds of an iteration of so many requests."""
-        return self.base_s + self.per_request_s * requests
+    def decodes_s(self, requests: int, ranks: int = 1) -> float:
+        """Seconds of an iteration of so many decodes and no chunk."""
+        fixed_s = self.base_s + self.ranks_s * (ranks > 1)
+        return fixed_s + requests * self.per_request_s + math.sqrt(requests) * self.root_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +60,22 @@ class LayerCorrection:
         return np.maximum(self.base_s + self.share * parts_s, -0.5 * parts_s)
 
 
-def fit_host(requests: FloatArray, time_s: FloatArray) -> HostOverhead:
-    """A line through host times, fitted to relative errors."""
-    base_s, per_request_s = _relative_line(requests, time_s, time_s)
-    return HostOverhead(max(base_s, 0.0), max(per_request_s, 0.0), "measured")
+def fit_host(shape: Mapping[str, FloatArray], time_s: FloatArray) -> HostOverhead:
+    """What fits host times by `requests`, `chunk` tokens and `ranks`, to relative errors."""
+    rates = rates_of_unity(_host_terms(shape) / time_s[:, None])
+    return HostOverhead(**dict(zip(HOST_RATES, rates, strict=True)), source="measured")
+
+
+def host_s(host: HostOverhead, shape: Mapping[str, FloatArray]) -> FloatArray:
+    """Seconds of iterations, one an entry of the columns of `shape`."""
+    return np.asarray(_host_terms(shape) @ np.array([getattr(host, name) for name in HOST_RATES]))
+
+
+def _host_terms(shape: Mapping[str, FloatArray]) -> FloatArray:
+    requests = shape["requests"]
+    chunk, ranks = shape["chunk"], shape["ranks"]
+    chunks = (chunk > 0, np.maximum(chunk - 1.0, 0.0))
+    return np.stack([np.ones_like(requests), requests, np.sqrt(requests), *chunks, ranks > 1], axis=1)
 
 
 def fit_layer(parts_s: FloatArray, layer_s: FloatArray) -> LayerCorrection:

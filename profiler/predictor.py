@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from profiler.coverage import part_used
 from profiler.formulas import make_physics
 from profiler.operators import MAX_RESIDUAL, LearnedState, OperatorModel
-from profiler.overheads import HostOverhead, LayerCorrection
+from profiler.overheads import HOST_RATES, HostOverhead, LayerCorrection
 from profiler.physics import Physics
 from profiler.tables import Profile, check_hash
 from specs.devices import DeviceSpec
@@ -61,10 +61,7 @@ def save_predictor(path: Path, profile: Profile, device: DeviceSpec, predictor: 
         "operators": {},
     }
     if predictor.host is not None:
-        header["host"] = {
-            "base_s": predictor.host.base_s,
-            "per_request_s": predictor.host.per_request_s,
-        }
+        header["host"] = {name: getattr(predictor.host, name) for name in HOST_RATES}
     if predictor.layer is not None:
         layer = predictor.layer
         header["layer"] = {
@@ -133,7 +130,8 @@ def _host(header: Fields, path: Path) -> HostOverhead | None:
     if not header.has("host"):
         return None
     fields = Fields(header.mapping("host"), f"{path}: host")
-    return HostOverhead(fields.number("base_s"), fields.number("per_request_s"), "measured")
+    rates = {name: fields.number(name) for name in HOST_RATES if fields.has(name)}
+    return HostOverhead(**rates, source="measured")
 
 
 def _layer(header: Fields, path: Path) -> LayerCorrection | None:

@@ -121,9 +121,10 @@ COLUMNS: dict[str, dict[str, str]] = {  # operator -> file column -> name in for
         "decode": "decode",
         "tp": "tp",
     },
-    "host": {"requests": "requests"},
+    "host": {"requests": "requests", "chunk_tokens": "chunk", "ranks": "ranks"},
 }
 _MAY_BE_ZERO = {
+    "host": ("chunk_tokens",),
     "prefill_attention": ("context_tokens",),
     "layer": ("chunk_tokens", "context_tokens", "decodes", "decode_context_tokens"),
     "mixed_attention": ("context_tokens",),

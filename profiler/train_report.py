@@ -106,8 +106,10 @@ class TrainReport:
         if self.host is not None:
             errors, host = self.host
             lines.append(
-                f"host: {1e6 * host.base_s:.0f} µs an iteration and {1e6 * host.per_request_s:.1f} µs a "
-                f"request, held out {errors}"
+                f"host ({errors.rows}): {1e6 * host.base_s:.0f} µs an iteration, "
+                f"{1e6 * host.per_request_s:.1f} a request and {1e6 * host.root_s:.0f} · √requests, "
+                f"{1e6 * host.prefill_s:.0f} and {1e6 * host.per_prefill_token_s:.2f} a token if there is a "
+                f"chunk, {1e6 * host.ranks_s:.0f} for messages to several ranks, held out {errors}"
             )
         return [*lines, ""] if lines else []
 

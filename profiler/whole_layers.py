@@ -8,10 +8,10 @@ import numpy as np
 
 from profiler.coverage import entry_model
 from profiler.estimate import BoolArray, FloatArray
-from profiler.evaluation import Errors, by_folds
+from profiler.evaluation import Errors, by_folds, take
 from profiler.kernels import Kernels
 from profiler.layer_parts import layer_parts_s
-from profiler.overheads import HostOverhead, LayerCorrection, fit_host, fit_layer
+from profiler.overheads import HostOverhead, LayerCorrection, fit_host, fit_layer, host_s
 from profiler.tables import Profile, Table
 
 
@@ -73,14 +73,14 @@ def judge_skewed(table: Table, kernels: Kernels) -> Errors:
 
 
 def judge_host(table: Table, count: int) -> tuple[Errors, HostOverhead]:
-    """The line through the host's times, and how well it does held out."""
-    requests = table.shape["requests"]
+    """What the host takes, and how well that does held out."""
 
     def predict(train: BoolArray, held: BoolArray) -> FloatArray:
-        return fit_host(requests[train], table.time_s[train]).at(requests[held])
+        fitted = fit_host(take(table, np.flatnonzero(train)).shape, table.time_s[train])
+        return host_s(fitted, take(table, np.flatnonzero(held)).shape)
 
     errors = Errors.of(by_folds(count, len(table), predict), table.time_s)
-    return errors, fit_host(requests, table.time_s)
+    return errors, fit_host(table.shape, table.time_s)
 
 
 def noise_of(table: Table) -> float | None:

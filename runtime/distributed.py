@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 
 from runtime.attention import Partial, merge
+from runtime.cores import calm_gloo
 from specs import ParallelSpec
 
 
@@ -46,6 +47,8 @@ class Mesh:
                 group = dist.new_group(list(range(first, first + self.tp)))
                 if first <= self.rank < first + self.tp:
                     self._tp_group = group
+        if device.type == "cpu":
+            calm_gloo()
 
     def disconnect(self) -> None:
         """Leave the process group."""

@@ -19,6 +19,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from runtime.channel import KEY_VARIABLE, STORE_ADDRESS, STORE_KEY, Channel, Failure, Ready
+from runtime.cores import keep_to_own_cores
 from runtime.distributed import Mesh
 from runtime.plan import Plan
 from runtime.runner import Runner, RunnerSpec
@@ -57,6 +58,9 @@ def main() -> None:
 def _work(rank: int, spec: RunnerSpec, store: Store, channel: Channel) -> None:
     if spec.device == "cuda":
         spec = replace(spec, device=f"cuda:{os.environ['LOCAL_RANK']}")
+    if spec.device == "cpu":
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        keep_to_own_cores(int(os.environ["LOCAL_RANK"]), here, spec.threads)
     mesh = Mesh(spec.parallel, rank)
     runner = Runner(spec, mesh)
     mesh.connect(PrefixStore("ranks", store), runner.device, spec.timeout_s)

@@ -127,6 +127,29 @@ def test_host_overhead_is_added_once_an_iteration(cost: IterationModel) -> None:
     assert (rows["host overhead"].time_s, rows["host overhead"].source) == (pytest.approx(1.04e-3), "assumed")
 
 
+def test_host_time_knows_chunks_and_ranks(cost: IterationModel) -> None:
+    """By hand, whether looked up (few requests) or worked out (more than the table holds)."""
+    host = HostOverhead(1e-3, 1e-5, root_s=1e-4, prefill_s=3e-4, per_prefill_token_s=1e-6, ranks_s=4e-4)
+    one = IterationModel(LLAMA_8B, cost.kernels, ParallelSpec(), host=host, max_batch_requests=8)
+    two = IterationModel(LLAMA_8B, cost.kernels, ParallelSpec(spp=2), host=host)
+    free = IterationModel(LLAMA_8B, cost.kernels, ParallelSpec(), max_batch_requests=8)
+    for tokens, rows, requests, wanted_s in (
+        (1, 1, 1, 1.11e-3),
+        (4, 4, 4, 1.24e-3),
+        (64, 1, 1, 1.473e-3),
+        (67, 4, 4, 1.603e-3),
+        (336, 8, 36, 2.56e-3),
+    ):
+        assert one.tokens_s(tokens, rows, requests) - free.tokens_s(tokens, rows, requests) == pytest.approx(
+            wanted_s
+        )
+        assert one.host_s(tokens, requests) == pytest.approx(wanted_s)
+        assert two.host_s(tokens, requests) == pytest.approx(wanted_s + 4e-4)
+    bare = IterationModel(LLAMA_8B, cost.kernels, ParallelSpec(spp=2))
+    added_s = np.subtract(two.stage_times_s(64, 1, 1, 0.0), bare.stage_times_s(64, 1, 1, 0.0))
+    assert added_s == pytest.approx([1.873e-3, 0.0])
+
+
 def test_flops_are_those_of_the_model_spec(cost: IterationModel) -> None:
     pairs = 512 * 1000 + 512 * 513 // 2
     expected = LLAMA_8B.linear_flops_per_token() * 512 + LLAMA_8B.lm_head_flops_per_row()
@@ -151,7 +174,7 @@ class Measured(RooflineKernels):
 
     def __init__(self, *, includes_kv_write: bool = False, share: float = 0.1) -> None:
         super().__init__(H100)
-        self.host = HostOverhead(2e-4, 3e-6, "measured")
+        self.host = HostOverhead(2e-4, 3e-6, source="measured")
         self.layer = LayerCorrection(1e-6, share)
         self.kinds = frozenset({"rope_angles"})
         self.attention_includes_kv_write = includes_kv_write

@@ -17,7 +17,7 @@ from profiler.measure import check as drift  # noqa: E402
 from profiler.measure.cases import Cases  # noqa: E402
 from profiler.measure.collectives import Ranks  # noqa: E402
 from profiler.measure.command import MeasureOptions, measure, set_up  # noqa: E402
-from profiler.measure.host import time_iterations  # noqa: E402
+from profiler.measure.host import HostBench  # noqa: E402
 from profiler.measure.layer import LayerBench  # noqa: E402
 from profiler.measure.measurer import Measurer  # noqa: E402
 from profiler.measure.points import Point  # noqa: E402
@@ -26,6 +26,7 @@ from profiler.measure.timing import sample  # noqa: E402
 from profiler.tables import Profile, Table, TableInfo, read_profile, read_table, write_profile, write_table  # noqa: E402
 from profiler.train import train  # noqa: E402
 from runtime.attention import Backend  # noqa: E402
+from runtime.executors import LocalExecutor  # noqa: E402
 from specs import get_device, get_model  # noqa: E402
 from specs.errors import InputError  # noqa: E402
 
@@ -110,9 +111,16 @@ def test_a_layer_takes_longer_with_more_tokens_and_leaves_the_cache_as_it_was() 
     assert not bench._cache.tables
 
 
-def test_host_time_grows_with_the_batch() -> None:
-    few, many = (time_iterations(MODEL, requests, HERE, 0.02).time_s for requests in (1, 48))
-    assert 1e-6 < few < many < 0.1
+def test_host_time_grows_with_the_batch_and_is_not_the_layers() -> None:
+    """Several runs of one bench: what a run leaves in the KV cache must not fill it."""
+    points = [Point.of("host", requests=n, chunk=chunk, ranks=1) for n, chunk in ((1, 0), (48, 0), (4, 512))]
+    bench = HostBench(MODEL, CPU, points, 1, "cpu", "fp32")
+    few, many, mixed = [bench.time(point, 0.02) for point in points + points][3:]
+    assert 1e-6 < few.time_s < many.time_s < 0.1
+    assert few.samples >= 10 and mixed.samples >= 10
+    assert isinstance(bench._executor, LocalExecutor)
+    assert set(bench._executor.runner.model.cache.tables) == {-2}
+    bench.close()
 
 
 def test_ranks_time_collectives_and_end() -> None:

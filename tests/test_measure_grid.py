@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -36,6 +37,15 @@ def test_points_are_within_the_limits() -> None:
     physics = make_physics(CPU, "prefill_attention", "fp32")
     shape = shape_of(GRID.candidates()["prefill_attention"])
     assert physics.time_s(shape, physics.defaults()).max() <= LIMITS.point_s
+
+
+def test_host_points_have_chunks_and_ranks_that_the_model_can_be_cut_for() -> None:
+    points = GRID.candidates()["host"]
+    assert {(point["chunk"], point["ranks"]) for point in points} == {
+        (chunk, ranks) for chunk in (0, 64, 256, 1024) for ranks in (1, 2)
+    }
+    alone = Grid(MODEL, CPU, "fp32", dataclasses.replace(LIMITS, tps=(1,)))
+    assert {point["ranks"] for point in alone.candidates()["host"]} == {1}
 
 
 def test_every_prefix_of_the_coarse_grid_covers_the_range() -> None:

@@ -41,12 +41,13 @@ _COARSE = {
     "embedding": 12,
     "sampling": 12,
     "kvp_merge": 16,
-    "all_reduce": 14,
-    "all_gather": 12,
-    "send_recv": 12,
-    "host": 10,
+    "all_reduce": 28,
+    "all_gather": 28,
+    "send_recv": 28,
+    "host": 48,
 }
 MERGE_SHARDS = (2, 3, 4, 8)
+HOST_CHUNKS = (0, 64, 256, 1024)  # tokens of the chunk in a batch whose host time is taken
 _CONTEXT_OFFSET = 16  # an empty context lies an octave below one of this many tokens
 
 
@@ -238,11 +239,17 @@ class Grid:
                 yield Point("layer", (chunk, context, decodes, total, tp))
 
     def _host(self) -> Iterable[Point]:
-        return [Point("host", (requests,)) for requests in _steps(1, self.limits.decodes, 2)]
+        """Decodes alone and beside a chunk; and, sent to ranks in processes of their own."""
+        counts = _steps(1, self.limits.decodes, 2)
+        for ranks, chunk, requests in product((1, *self.limits.ranks[:1]), HOST_CHUNKS, counts):
+            if ranks == 1 or ranks in self.limits.tps:
+                yield Point("host", (requests, chunk, ranks))
 
     def _collective(self, operator: str) -> Iterable[Point]:
         largest = self.limits.tokens * self.model.hidden_size * self.element
-        for ranks, num_bytes in product(self.limits.ranks, _steps(256, largest, 2)):
+        # Closer together where the bytes begin to count beside the waking.
+        sizes = sorted({*_steps(256, min(largest, 1 << 16), 1), *_steps(1 << 16, largest, 4)})
+        for ranks, num_bytes in product(self.limits.ranks, sizes):
             num_bytes -= num_bytes % (4 * ranks)
             if num_bytes and (operator != "send_recv" or ranks == min(self.limits.ranks)):
                 yield Point(operator, (num_bytes, ranks))

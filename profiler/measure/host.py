@@ -1,139 +1,135 @@
-"""What the host does in an iteration: schedule, prepare, collect; with a model that computes nothing.
+"""What the host does in an iteration: schedule, prepare, collect; timed while the runtime itself serves.
 
-On a CPU the layers leave nothing of the scheduler's code and data in the caches. So what stands in for them
-reads as much as they would, and the time of that is taken off.
+The engine, its scheduler and the runner are those of a live run, with as many layers of the model as matter:
+what the layers leave of the engine's code and data in the caches is part of what the host's work takes. A
+batch's time less what the layers, the LM head and the sampling took is the host's.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from statistics import median
 
 import numpy as np
-import torch
 
 from policies.scheduler import SchedulerSettings
-from profiler.measure.timing import CORE, PATIENCE_S, Samples
+from profiler.iteration import IterationModel
+from profiler.measure.layer import MOST_LAYERS
+from profiler.measure.points import Point
+from profiler.measure.timing import CORE, PATIENCE, PATIENCE_S, Samples
+from profiler.roofline_kernels import RooflineKernels
 from runtime.engine import Engine, LiveSetup
-from runtime.executors import StageDone
-from runtime.kv_cache import PagedKV
-from runtime.plan import KVGroups, Plan, make_inputs
+from runtime.executors import Executor
+from runtime.launcher import start_executor
+from runtime.plan import Plan, Slice
 from runtime.runner import RunnerSpec
+from specs import ParallelSpec
+from specs.devices import DeviceSpec
 from specs.models import ModelSpec
 from traces.workload import Workload
 
-PROMPT_TOKENS = 16
+PROMPT_TOKENS = 32  # of requests that decode
+CHUNKS = 4  # of each prompt that is taken in beside them
 BLOCK_TOKENS = 16
-FEWEST_STEPS = 24
+STEPS = 16  # of a run; where the machine is disturbed in one, none of them counts
+RUNS = 6
 
 
-class _FreeCost:
-    """A cost model for which everything takes no time; batches are bounded by their tokens alone."""
+class HostBench:
+    """Serves batches of one shape over and over, with one rank or, under tensor parallelism, with several.
 
-    def tokens_s(self, tokens: int, rows: int, requests: int) -> float:
-        return 0.0
-
-    def chunk_attention_s(self, chunk_tokens: int, context_tokens: int) -> float:
-        return 0.0
-
-    def decode_attention_s(self, decodes: int, total_context: int) -> float:
-        return 0.0
-
-
-class _IdleExecutor:
-    """Takes plans, prepares a rank's inputs for them, and answers with token 0 for every sampled row.
-
-    Attributes:
-        away_s: how long sweeping the caches took, for every plan.
+    Args:
+        model: the whole model; so many of its layers run that none finds its weights in a cache.
+        points: all that may be asked for, for the size of the KV cache.
+        ranks: in processes of their own if there are several.
+        device: as torch calls it.
     """
 
-    num_stages = 1
-
-    def __init__(self, device: torch.device, capacity_tokens: int, swept: torch.Tensor | None) -> None:
-        self._device = device
-        self._swept = swept
-        self.away_s: list[float] = []
-        self._cache = PagedKV(
-            1,
-            1,
-            1,
-            capacity_tokens=capacity_tokens,
-            block_tokens=BLOCK_TOKENS,
-            dtype=torch.float32,
+    def __init__(
+        self, model: ModelSpec, spec: DeviceSpec, points: list[Point], ranks: int, device: str, dtype: str
+    ) -> None:
+        served = replace(model, num_layers=min(model.num_layers, MOST_LAYERS))
+        parallel = ParallelSpec(tp=ranks)
+        workloads = [_workload(point["requests"], point["chunk"]) for point in points]
+        each = [w.prompt_tokens.astype(np.int64) + w.output_tokens + 2 * BLOCK_TOKENS for w in workloads]
+        self._runner = RunnerSpec(
+            served,
+            parallel=parallel,
+            dtype=dtype,
             device=device,
+            kv_capacity_tokens=max(int(tokens.sum()) for tokens in each),
+            block_tokens=BLOCK_TOKENS,
         )
-        self._plan: Plan | None = None
+        self._cost = IterationModel(
+            served, RooflineKernels(spec, weight_dtype=dtype, kv_dtype=dtype), parallel
+        )
+        self._executor: Executor = start_executor(self._runner)
 
-    def submit(self, plan: Plan) -> None:
-        self._plan = plan
-
-    def wait(self, timeout_s: float | None = None) -> StageDone | None:
-        if self._plan is None:
-            return None
-        plan, self._plan = self._plan, None
-        inputs = make_inputs(plan, self._cache, KVGroups(), self._device)
+    def time(self, point: Point, visit_s: float) -> Samples:
+        """Host seconds of an iteration of so many requests, one of them a chunk if the point has one."""
+        times: list[float] = []
+        disturbed: list[float] = []
         began_s = time.perf_counter()
-        if self._swept is not None:
-            torch.relu(self._swept)  # reads and writes all of it
-        self.away_s.append(time.perf_counter() - began_s)
-        # What becomes of the sampled tokens on the host.
-        largest = torch.zeros(len(inputs.sampled))
-        any(torch.isnan(largest).tolist())
-        tokens = torch.zeros(len(inputs.sampled), dtype=torch.int64).tolist()
-        requests = [request for request, _ in inputs.sampled]
-        return StageDone(plan.id, 0, list(zip(requests, tokens, strict=True)), 0.0, 0.0, 0.0)
+        until_s = began_s + visit_s
+        give_up_s = began_s + max(PATIENCE * visit_s, PATIENCE_S)
+        while len(times) < RUNS * STEPS and time.perf_counter() < (until_s if times else give_up_s):
+            quiet = CORE.is_quiet()
+            found = self._serve(point["requests"], point["chunk"])
+            (times if quiet and CORE.is_quiet() else disturbed).extend(found)
+        times = times or sorted(disturbed)[: max(len(disturbed) // 2, 1)]
+        low, high = np.quantile(times, [0.25, 0.75])
+        return Samples(float(median(times)), float(high - low) / 2, len(times))
 
     def close(self) -> None:
-        """Nothing is held."""
+        """End the ranks."""
+        self._executor.close()
+
+    def _serve(self, requests: int, chunk: int) -> list[float]:
+        """The host's part of every iteration of that shape in one run."""
+        decodes = requests - bool(chunk)
+        tokens = decodes + chunk if chunk else decodes * PROMPT_TOKENS
+        setup = LiveSetup(
+            runner=self._runner,
+            cost=self._cost,
+            scheduler=SchedulerSettings(
+                chunk_tokens=tokens,
+                max_batch_requests=requests,
+                max_batch_tokens=tokens,
+                block_tokens=BLOCK_TOKENS,
+                watermark=0.0,
+            ),
+        )
+        workload = _workload(requests, chunk)
+        records = Engine(workload, setup, self._executor).run()
+        self._let_go(len(workload))
+        batches, host = records.batches, records.host
+        host_s = batches["end_s"] - batches["start_s"] - host["execute_s"] - host["sample_s"]
+        wanted = (batches["num_decodes"] == decodes) & (batches["prefill_tokens"] == chunk)
+        found: list[float] = host_s[wanted & (batches["num_prefills"] == bool(chunk))].tolist()
+        return found
+
+    def _let_go(self, requests: int) -> None:
+        """Free the KV blocks of the requests of a run: its engine would with its next batch."""
+        token = Slice(-2, 0, 1, 2, samples=True)
+        freed = [token.request, *range(requests)]
+        self._executor.submit(Plan(-2, [token], np.zeros(1, dtype=np.int64), freed))
+        for _ in range(self._executor.num_stages):
+            self._executor.wait()
 
 
-def time_iterations(
-    model: ModelSpec, requests: int, device: torch.device, visit_s: float, swept_bytes: int = 0
-) -> Samples:
-    """Host seconds of an iteration of `requests` decodes, served by the runtime's engine and scheduler.
-
-    `swept_bytes` is what an iteration moves through the host's caches.
-    """
-    swept = torch.ones(swept_bytes // 8) if swept_bytes else None  # read, and as much written
-    steps, times = FEWEST_STEPS, list[float]()
-    began_s = time.perf_counter()
-    give_up_s = began_s + max(visit_s, PATIENCE_S)
-    disturbed: list[float] = []
-    while len(times) < 4 * steps and (time.perf_counter() < give_up_s or not (times or disturbed)):
-        quiet = CORE.is_quiet()
-        found = _decode_iterations(model, requests, steps, device, swept)
-        (times if quiet and CORE.is_quiet() else disturbed).extend(found)
-    times = times or sorted(disturbed)[: len(disturbed) // 2]
-    low, high = np.quantile(times, [0.25, 0.75])
-    return Samples(float(median(times)), float(high - low) / 2, len(times))
-
-
-def _decode_iterations(
-    model: ModelSpec, requests: int, steps: int, device: torch.device, swept: torch.Tensor | None
-) -> list[float]:
-    capacity = (requests + 2) * (PROMPT_TOKENS + steps + 2 * BLOCK_TOKENS)
-    workload = Workload(
-        prompt_tokens=np.full(requests, PROMPT_TOKENS, dtype=np.int32),
-        output_tokens=np.full(requests, steps, dtype=np.int32),
-        arrival_s=np.zeros(requests),
+def _workload(requests: int, chunk: int) -> Workload:
+    """Requests that decode, and after them, in the queue, prompts of a few chunks each."""
+    decodes = requests - bool(chunk)
+    prompts = [PROMPT_TOKENS] * decodes
+    # Their prompts come in beside each other's decodes, which takes a while if chunks are small.
+    outputs = [STEPS + 2 + (decodes * PROMPT_TOKENS // chunk if chunk else 0)] * decodes
+    if chunk:
+        prompts += [CHUNKS * chunk] * (STEPS // CHUNKS)
+        outputs += [1] * (STEPS // CHUNKS)
+    return Workload(
+        prompt_tokens=np.array(prompts, dtype=np.int32),
+        output_tokens=np.array(outputs, dtype=np.int32),
+        arrival_s=np.zeros(len(prompts)),
         slo_class=None,
     )
-    setup = LiveSetup(
-        runner=RunnerSpec(model, kv_capacity_tokens=capacity, block_tokens=BLOCK_TOKENS),
-        cost=_FreeCost(),
-        scheduler=SchedulerSettings(
-            chunk_tokens=requests * PROMPT_TOKENS,
-            max_batch_requests=requests,
-            max_batch_tokens=requests * PROMPT_TOKENS,
-            block_tokens=BLOCK_TOKENS,
-            watermark=0.0,
-        ),
-    )
-    executor = _IdleExecutor(device, capacity, swept)
-    batches = Engine(workload, setup, executor).run().batches
-    # The engine warms up with some plans of its own before the first batch.
-    away_s = np.array(executor.away_s[-len(batches["end_s"]) :])
-    durations = batches["end_s"] - batches["start_s"] - away_s
-    only_decodes = (batches["num_decodes"] == requests) & (batches["num_prefills"] == 0)
-    found: list[float] = durations[only_decodes].tolist()
-    return found

@@ -9,16 +9,18 @@ import torch
 
 from profiler.measure import collectives
 from profiler.measure.cases import Cases
-from profiler.measure.host import time_iterations
+from profiler.measure.host import HostBench
 from profiler.measure.layer import BLOCK_TOKENS, LayerBench
 from profiler.measure.points import Point
 from profiler.measure.store import OUT_OF_MEMORY, Visit
-from profiler.measure.timing import Samples, sample
+from profiler.measure.timing import Samples, keep_freed_memory, sample
+from runtime.runner import DTYPES
 from specs.devices import DeviceSpec
 from specs.errors import InputError
 from specs.models import ModelSpec
 
-COLLECTIVE_VISITS = 6  # times as long as others: their times scatter most
+COLLECTIVE_VISITS = 4  # times as long as others: their times scatter most
+HOST_VISITS = 6
 
 
 class Measurer:
@@ -60,9 +62,9 @@ class Measurer:
                 tokens = point["chunk"] + point["context"] + point["decode_context"]
                 tokens += (point["decodes"] + 2) * 2 * BLOCK_TOKENS
                 self._layer_tokens[point["tp"]] = max(tokens, self._layer_tokens.get(point["tp"], 0))
-        # What an iteration touches: its weights, as far as they displace what is in the last-level cache.
-        touched = min(model.num_parameters * dtype.itemsize, 2 * spec.l2_bytes)
-        self._swept_bytes = touched if device.type == "cpu" else 0
+        self._spec = spec
+        self._host_points = [point for point in points if point.operator == "host"]
+        self._hosts: dict[int, HostBench] = {}
         self._layers: dict[int, LayerBench] = {}
         self._ranks: dict[int, collectives.Ranks] = {}
 
@@ -83,6 +85,8 @@ class Measurer:
         """End the other ranks."""
         for ranks in self._ranks.values():
             ranks.close()
+        for host in self._hosts.values():
+            host.close()
 
     def _samples(self, point: Point) -> Samples:
         operator = point.operator
@@ -91,13 +95,18 @@ class Measurer:
         if operator == "layer":
             return Samples(*self._layer_bench(point["tp"]).time(point, 2 * self.visit_s))
         if operator == "host":
-            return time_iterations(
-                self.model, point["requests"], self.device, self.visit_s, self._swept_bytes
-            )
+            return self._host_bench(point["ranks"]).time(point, HOST_VISITS * self.visit_s)
         count = point["ranks"]
         if count not in self._ranks:
             self._ranks[count] = collectives.Ranks(count, self.device, self.dtype)
         return self._ranks[count].time(point, COLLECTIVE_VISITS * self.visit_s)
+
+    def _host_bench(self, ranks: int) -> HostBench:
+        if ranks not in self._hosts:
+            dtype = next(name for name, each in DTYPES.items() if each == self.dtype)
+            points = [point for point in self._host_points if point["ranks"] == ranks]
+            self._hosts[ranks] = HostBench(self.model, self._spec, points, ranks, str(self.device), dtype)
+        return self._hosts[ranks]
 
     def _layer_bench(self, tp: int) -> LayerBench:
         if tp not in self._layers:
@@ -128,15 +137,6 @@ def _buffer_bytes(model: ModelSpec, spec: DeviceSpec, element: int, points: Sequ
         keys = 2 * tokens * kv_heads * model.head_dim
         largest = max(largest, keys, rows * (model.num_heads + 2 * model.num_kv_heads) * model.head_dim)
     return max(largest * element, 4 * spec.l2_bytes) + (1 << 20)
-
-
-def keep_freed_memory() -> None:
-    """Bring the C library's heap to where a server's is after its first large batch.
-
-    glibc gives freed blocks back to the system, and takes them again page by page, until a large one has
-    been freed: then it keeps all that are smaller (mallopt(3), M_MMAP_THRESHOLD).
-    """
-    torch.empty((32 << 20) - (64 << 10), dtype=torch.uint8)  # the largest that counts, freed at once
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

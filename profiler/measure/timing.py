@@ -111,6 +111,15 @@ def _on_cuda(call: Call, device: torch.device, visit_s: float) -> list[float]:
     return [start.elapsed_time(end) * 1e-3 / repeats for start, end in events]
 
 
+def keep_freed_memory() -> None:
+    """Bring the C library's heap to where a server's is after its first large batch.
+
+    glibc gives freed blocks back to the system, and takes them again page by page, until a large one has
+    been freed: then it keeps all that are smaller (mallopt(3), M_MMAP_THRESHOLD).
+    """
+    torch.empty((32 << 20) - (64 << 10), dtype=torch.uint8)  # the largest that counts, freed at once
+
+
 def _number_of_samples(sample_s: float, visit_s: float) -> int:
     if sample_s > visit_s:
         return 3 if sample_s < 4 * visit_s else 1
