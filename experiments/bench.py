@@ -20,7 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from experiments.build import Experiment, build
+from experiments.config import Config
 from experiments.load import load_config
+from experiments.paper.figures import load_figure
 from policies.request import Request
 from policies.scheduler import Scheduler, SchedulerSettings
 from profiler.iteration import IterationModel
@@ -33,24 +35,30 @@ Row = tuple[str, float, float, float, str]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure everything; ``million`` as an argument runs only the million requests, in this process."""
+    """Measure everything; ``million`` as an argument runs only the million requests, in this process, and
+    ``hours`` only the hours of Medha's evaluation."""
     chosen = list(sys.argv[1:] if arguments is None else arguments)
     experiment = build(load_config(CONFIG), str(CONFIG))
     if chosen == ["million"]:
         _million(experiment)
         return 0
-    rows = [
+    rows = _hours() if chosen == ["hours"] else _all(experiment)
+    print(f"{'':58} {'median':>10} {'min':>10} {'max':>10}")
+    for name, median, low, high, unit in rows:
+        print(f"{name:58} {median:>10,.4g} {low:>10,.4g} {high:>10,.4g}  {unit}")
+    return 0
+
+
+def _all(experiment: Experiment) -> list[Row]:
+    return [
         *_whole_run(),
         _row("convoy --help", "s", 5, lambda: _run("--help")),
         *_event_loop(experiment),
         *_predictor(experiment.iteration),
         _decision(experiment),
         *_million_in_a_process(),
+        *_hours(),
     ]
-    print(f"{'':58} {'median':>10} {'min':>10} {'max':>10}")
-    for name, median, low, high, unit in rows:
-        print(f"{name:58} {median:>10,.4g} {low:>10,.4g} {high:>10,.4g}  {unit}")
-    return 0
 
 
 def _row(name: str, unit: str, repeats: int, measure: Callable[[], float]) -> Row:
@@ -169,6 +177,31 @@ def _million_in_a_process() -> list[Row]:
         ("a million requests on 64 replicas", wall_s, wall_s, wall_s, "s"),
         ("  peak memory", peak_gb, peak_gb, peak_gb, "GB"),
     ]
+
+
+def _hours() -> list[Row]:
+    """An hour each of Medha's evaluation, one simulation on one core."""
+    return [
+        _hour("9", "8B, TP8 SPP2, 5 % long prompts, 0.75/s", "Medha"),
+        _hour("11", "70B, TP8 SPP4 KVP2, 5 % of 2M tokens, 0.75/s", "3D, SPP4 × KVP2"),
+    ]
+
+
+def _hour(figure: str, what: str, system: str) -> Row:
+    [config] = [
+        cell.work
+        for cell in load_figure(figure).cells
+        if cell.labels["system"] == system and cell.labels["workload.arrivals.rate_rps"] == 0.75
+    ]
+    assert isinstance(config, Config)
+    experiment = build(config, f"figure {figure}")
+    repeats = 1 if config.parallel.kvp > 1 else 3
+    return _row(
+        f"an hour of {what}",
+        "s",
+        repeats,
+        lambda: simulate(experiment.workload, experiment.setup).wall_s,
+    )
 
 
 if __name__ == "__main__":

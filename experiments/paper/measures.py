@@ -15,6 +15,7 @@ from experiments.predict import PredictOptions, iteration_model, predicted_rows
 from experiments.run import summarize_run
 from policies.request import Request
 from policies.scheduler import Scheduler, SchedulerSettings
+from policies.sharding import Sharding
 from profiler.iteration import IterationModel
 from specs import DeviceSpec, ModelSpec
 from traces.metrics import describe_values
@@ -50,15 +51,20 @@ def measure_run(records: RunRecords, experiment: Experiment) -> dict[str, Any]:
     )
     sharding = experiment.setup.sharding
     if sharding.groups > 1:
-        done = np.cumsum(batches["prefill_tokens"][first])
-        starts_s = batches["start_s"][first]
-        borders = np.arange(sharding.groups) * sharding.tokens_per_group
-        places = np.searchsorted(done, borders, side="right")
-        result["groups_join_s"] = [
-            float(starts_s[place] - starts_s[0]) for place in places if place < len(starts_s)
-        ]
+        result["groups_join_s"] = groups_join_s(records, sharding)
         result["prefill_end_s"] = result["ttft_all_s"]["max"]
     return result
+
+
+def groups_join_s(records: RunRecords, sharding: Sharding) -> list[float]:
+    """Of a run of one request: seconds from its first batch until each KVP group joins it."""
+    batches = records.batches
+    first = batches["stage"] == 0
+    starts_s, tokens = batches["start_s"][first], batches["prefill_tokens"][first]
+    context = np.cumsum(tokens) - tokens
+    borders = np.arange(sharding.groups) * sharding.tokens_per_group
+    places = np.searchsorted(context[tokens > 0], borders)
+    return [float(starts_s[place] - starts_s[0]) for place in places if place < np.count_nonzero(tokens)]
 
 
 def _of_requests(records: RunRecords, chosen: np.ndarray) -> dict[str, Any]:
