@@ -72,12 +72,14 @@ class ParallelConfig(Section):
 
 
 class KvConfig(Section):
-    """The paged KV cache: tokens per block, the share of blocks that admission leaves free, and whether
-    prefixes that prompts share are computed once."""
+    """The paged KV cache: tokens per block, the share of blocks that admission leaves free, whether
+    prefixes that prompts share are computed once, and whether somebody may be admitted before a request that
+    goes first and doesn't fit."""
 
     block_tokens: Annotated[Count, Field(le=65536)] = _POLICY.block_tokens
     watermark: Annotated[float, Field(ge=0, lt=1)] = _POLICY.watermark
     prefix_caching: bool = _POLICY.prefix_caching
+    admission: Literal["in_order", "pass_over"] = _POLICY.admission
 
 
 class SchedulerConfig(Section):

@@ -397,7 +397,8 @@ class Scheduler:
         """Fill the batch with chunks in priority order.
 
         KV blocks are granted in that order too: once a request could not be admitted, nobody behind it
-        in its groups is, or short prompts would starve a long one of memory.
+        in its groups is, or short prompts would starve a long one of memory. With ``admission: pass_over``
+        they are tried nevertheless.
         """
         self._memory_shut.clear()
         lanes = [lane for lane in self._lanes if lane.admitted or lane.unadmitted]
@@ -490,7 +491,8 @@ class Scheduler:
         has_seat = max([self._seats[group] for group in groups]) < self.settings.max_batch_requests
         if has_seat and self._has_room(request):
             return True
-        self._memory_shut.update(groups)
+        if self.settings.admission == "in_order":
+            self._memory_shut.update(groups)
         return False
 
     def _has_room(self, request: Request) -> bool:

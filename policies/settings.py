@@ -30,6 +30,7 @@ class SchedulerSettings:
     max_skips: int = 10
     block_tokens: int = 16
     watermark: float = 0.01
+    admission: Literal["in_order", "pass_over"] = "in_order"
     prefix_caching: bool = False
     async_scheduling: bool = False
 

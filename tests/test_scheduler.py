@@ -260,7 +260,21 @@ policies = st.builds(
     space_sharing=st.booleans(),
     long_request_tokens=st.just(200),
     watermark=st.sampled_from([0.0, 0.1]),
+    admission=st.sampled_from(["in_order", "pass_over"]),
 )
+
+
+def test_a_prompt_that_does_not_fit_may_be_passed_over() -> None:
+    """Three blocks are free: five for the first in line don't fit, one for the second would."""
+    for admission, admitted in (("in_order", []), ("pass_over", [2])):
+        scheduler = make(replace(SETTINGS, watermark=0.0, admission=admission), kv_tokens=8 * 16)
+        scheduler.add(Request(0, 0.0, 80, 2))
+        step(scheduler, 0.0)
+        scheduler.add(Request(1, 1.0, 80, 2))
+        scheduler.add(Request(2, 2.0, 16, 2))
+        batch, _ = step(scheduler, 3.0)
+        assert batch is not None
+        assert [chunk.request.id for chunk in batch.chunks] == admitted
 
 
 @settings(max_examples=150, deadline=None)

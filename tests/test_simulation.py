@@ -176,6 +176,7 @@ policies = st.builds(
     packing=st.sampled_from(["decode_first", "prefill_first"]),
     pipeline=st.sampled_from(["stream", "microbatch"]),
     max_batch_requests=st.sampled_from([2, 64]),
+    admission=st.sampled_from(["in_order", "pass_over"]),
     target_iteration_s=st.just(5e-3),
 )
 

@@ -91,6 +91,10 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel("ttft_all_s.p50", f"median TTFT\n{_ALL}", "rate_rps", _LOAD),
         Panel("ttft_all_s.p90", f"p90 TTFT\n{_ALL}", "rate_rps", _LOAD),
     ),
+    "rules": (
+        Panel("ttft_all_s.p50", f"median TTFT\n{_ALL}", "rate_rps", _LOAD),
+        Panel("short.ttft_all_s.p90", f"p90 TTFT, short\n{_ALL}", "rate_rps", _LOAD),
+    ),
     "14": (
         Panel("short.ttft_all_s.p50", f"median TTFT, short\n{_ALL}", "rate_rps", _LOAD),
         Panel("long.finished", "long prompts finished", "rate_rps", _LOAD, log_y=False),
