@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import gcd
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiments.config import Config, SloClassConfig, suggestion
+from experiments.separate import SeparatePools, check_sharding
 from policies.priorities import find_priority
 from policies.scheduler import SchedulerSettings
 from policies.sharding import Sharding
@@ -21,6 +23,7 @@ from profiler.iteration import HostOverhead, IterationModel
 from profiler.kernels import load_kernels
 from profiler.ring import RingModel
 from sim.cluster import Setup
+from sim.cost import IterationCost
 from specs import (
     DeviceSpec,
     InputError,
@@ -40,6 +43,8 @@ class Experiment:
     """A configuration made real.
 
     Attributes:
+        parallel, memory, iteration: of the replicas where requests arrive.
+        decode_parallel: of those where they decode, if that is elsewhere.
         notes: what a reader of the results should know, one line each.
     """
 
@@ -52,6 +57,21 @@ class Experiment:
     workload: Workload
     setup: Setup
     notes: tuple[str, ...]
+    decode_parallel: ParallelSpec | None = None
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of all replicas."""
+        return self.parallel.gpus + (0 if self.decode_parallel is None else self.decode_parallel.gpus)
+
+    def perturbed_setup(self, factors: Mapping[str, float]) -> Setup:
+        """The setup with every operator's times multiplied by its factor; see ``Kernels.perturbed``."""
+
+        def perturbed(cost: IterationCost) -> IterationCost:
+            assert isinstance(cost, IterationModel)
+            return cost.perturbed(factors)
+
+        return self.setup.with_costs(perturbed)
 
     @property
     def tpot_targets_s(self) -> tuple[float | None, ...]:
@@ -69,11 +89,12 @@ def build(config: Config, where: str) -> Experiment:
     """
     with errors_from(where):
         model, device = get_model(config.model), get_device(config.device)
-        parallel = ParallelSpec(**config.parallel.model_dump())
+        parallel = ParallelSpec(**config.parallel.model_dump(exclude={"elastic", "decode"}))
         check_sharding(parallel, config.scheduler.kv.block_tokens)
-        if config.scheduler.async_scheduling and parallel.spp > 1:
+        stages = max(parallel.spp, 1 if config.parallel.decode is None else config.parallel.decode.spp)
+        if config.scheduler.async_scheduling and stages > 1:
             raise InputError(
-                f"scheduler.async_scheduling: is for replicas of one stage; parallel.spp is {parallel.spp}"
+                f"scheduler.async_scheduling: is for replicas of one stage; an spp is {stages}"
             )
         memory = fit_config_memory(config, model, device, parallel)
         settings = _scheduler_settings(config)
@@ -87,9 +108,12 @@ def build(config: Config, where: str) -> Experiment:
         )
         slos = _slos(config, workload.slo_names)
         sharding = Sharding(parallel.kvp, parallel.kvp_tokens_per_group)
-        notes = _check_lengths(workload, model, memory, sharding)
+        fit = partial(_fit_memory, config, model, device)
+        pools = SeparatePools(config, model, device, parallel, fit)
+        notes = _check_lengths(workload, model, memory, sharding, pools)
         notes += _check_prefixes(workload, config)
-        iteration = _iteration_model(config, model, device, parallel, workload)
+        make_cost = partial(_iteration_model, config, model, device, workload)
+        iteration = make_cost(parallel)
         scheduler = config.scheduler
         setup = Setup(
             cost=iteration,
@@ -106,8 +130,21 @@ def build(config: Config, where: str) -> Experiment:
             seed=config.seed,
             stop_s=config.stop_s,
             prefix_block_tokens=None if workload.prefix is None else workload.prefix.block_tokens,
+            decode=pools.decode_setup(make_cost),
+            elastic=pools.elastic_setup(make_cost),
         )
-    return Experiment(config, model, device, parallel, memory, iteration, workload, setup, notes)
+    return Experiment(
+        config,
+        model,
+        device,
+        parallel,
+        memory,
+        iteration,
+        workload,
+        setup,
+        notes,
+        pools.decode,
+    )
 
 
 @contextmanager
@@ -117,21 +154,6 @@ def errors_from(where: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-
-
-def check_sharding(parallel: ParallelSpec, block_tokens: int) -> None:
-    """Refuse a KV cache that would be cut within a block.
-
-    Raises:
-        InputError: naming the key, and the nearest size that would do.
-    """
-    tokens = parallel.kvp_tokens_per_group
-    if parallel.kvp > 1 and tokens % block_tokens:
-        nearest = max(round(tokens / block_tokens), 1) * block_tokens
-        raise InputError(
-            f"parallel.kvp_tokens_per_group: {tokens} is no multiple of scheduler.kv.block_tokens "
-            f"({block_tokens}); {nearest} would be"
-        )
 
 
 def _scheduler_settings(config: Config) -> SchedulerSettings:
@@ -215,8 +237,14 @@ def _batch_tokens(config: Config) -> int:
 
 
 def _iteration_model(
-    config: Config, model: ModelSpec, device: DeviceSpec, parallel: ParallelSpec, workload: Workload
+    config: Config,
+    model: ModelSpec,
+    device: DeviceSpec,
+    workload: Workload,
+    parallel: ParallelSpec,
+    is_inter_node: bool | None = None,
 ) -> IterationModel:
+    """The cost model of one replica; ``is_inter_node``: whether a ring leaves a node, if that is known."""
     kernels = load_kernels(
         device,
         config.predictor.source,
@@ -241,7 +269,7 @@ def _iteration_model(
         longest = workload.prompt_tokens.astype(np.int64) + workload.output_tokens
         longest_chunk = max(longest_chunk, int(longest.max()))
     host = config.predictor.host
-    kind = RingModel if parallel.cp > 1 else IterationModel
+    kind = IterationModel if parallel.cp == 1 else partial(RingModel, is_inter_node=is_inter_node)
     return kind(
         model,
         kernels,
@@ -275,25 +303,31 @@ def slo_of(promise: SloClassConfig) -> Slo:
 
 
 def _check_lengths(
-    workload: Workload, model: ModelSpec, memory: MemoryFit, sharding: Sharding
+    workload: Workload, model: ModelSpec, memory: MemoryFit, sharding: Sharding, pools: SeparatePools
 ) -> tuple[str, ...]:
     """Notes on requests that are too long for the KV cache or for the model; an error if all are."""
     longest = workload.prompt_tokens.astype(np.int64) + workload.output_tokens
-    capacity = memory.kv_capacity_tokens
-    over = int(np.count_nonzero(_largest_shard(longest - 1, sharding) > capacity))
+    limits = pools.limits(memory, sharding, longest - 1, workload.prompt_tokens.astype(np.int64))
+    too_long = np.zeros(len(longest), dtype=np.bool_)
+    for limit in limits:
+        too_long |= (stored := _largest_shard(limit.tokens, limit.sharding)) > limit.capacity_tokens
+        if (stored > limit.capacity_tokens).all():
+            raise InputError(
+                f"workload.lengths: the KV cache of {limit.holder} holds {limit.capacity_tokens:,} tokens, "
+                f"and even the shortest request has {int(stored.min()):,} there; give it more GPUs "
+                f"({limit.keys}), or take kv: fp8 in dtype"
+            )
+    over = int(np.count_nonzero(too_long))
     of_all = f"of the workload's {len(longest):,} requests"
     if over == len(longest):
-        raise InputError(
-            f"workload.lengths: the KV cache of {_holder(sharding)} holds {capacity:,} tokens, and even the "
-            f"shortest request has {int(_largest_shard(longest - 1, sharding).min()):,} there; give it more "
-            "GPUs (parallel.tp, parallel.spp), or take kv: fp8 in dtype"
-        )
+        raise InputError("workload.lengths: every request is too long for the KV caches that it needs")
     notes = [f"The trace: {note}." for note in workload.notes]
     if over:
-        notes.append(
-            f"{over:,} {of_all} need more than the {capacity:,} tokens that the KV cache of "
-            f"{_holder(sharding)} holds; they are rejected."
+        held = " or ".join(
+            f"the {limit.capacity_tokens:,} tokens that the KV cache of {limit.holder} holds"
+            for limit in limits
         )
+        notes.append(f"{over:,} {of_all} need more than {held}; they are rejected.")
     beyond = int(np.count_nonzero(longest > model.max_context_tokens))
     if beyond:
         notes.append(
@@ -338,10 +372,6 @@ def _check_prefixes(workload: Workload, config: Config) -> tuple[str, ...]:
             f"of the workload's prefix blocks, as prefix caching needs; {gcd(prefix.block_tokens, 16)} would"
         )
     return ()
-
-
-def _holder(sharding: Sharding) -> str:
-    return "a replica" if sharding.groups == 1 else "a KVP group"
 
 
 def _largest_shard(tokens: NDArray[np.int64], sharding: Sharding) -> NDArray[np.int64]:

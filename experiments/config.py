@@ -16,12 +16,14 @@ from pydantic.fields import FieldInfo
 
 from experiments.plan_config import CapacityConfig, PlanConfig
 from experiments.section import CaseAxis, Count, NotNegative, Positive, Section, whole_number
+from policies.elastic import ElasticSettings
 from policies.priorities import PRIORITIES
 from policies.routers import ROUTERS
 from policies.scheduler import SchedulerSettings
 from policies.settings import PRESETS
 
 _POLICY = SchedulerSettings()  # its defaults are ours
+_ELASTIC = ElasticSettings()
 
 
 Dtype = Literal["bf16", "fp8", "fp32"]
@@ -58,8 +60,28 @@ class PredictorConfig(Section):
     factors: dict[str, Positive] = Field(default_factory=dict)
 
 
+class DecodeConfig(Section):
+    """Replicas that only decode. ``tp`` is that of the others if it isn't given; ``transfer`` says when KV
+    caches move: after the prefill, over the links, or hidden behind it."""
+
+    replicas: Annotated[Count, Field(le=100_000)] = 1
+    tp: Count | None = None
+    spp: Count = 1
+    kvp: Count = 1
+    kvp_tokens_per_group: Count = 524288
+    transfer: Literal["after", "hidden"] = "after"
+
+
+class ElasticConfig(Section):
+    """Replicas that prefill together: at most ``max_cp``, and some of them kept for short prompts."""
+
+    max_cp: Count = _ELASTIC.max_cp
+    reserved_replicas: Annotated[int, BeforeValidator(whole_number), Field(ge=0)] = _ELASTIC.reserved_replicas
+    reserved_below_tokens: Count = _ELASTIC.reserved_below_tokens
+
+
 class ParallelConfig(Section):
-    """How many GPUs, and how a model is spread over them."""
+    """How many GPUs, and how a model is spread over them. With ``decode``, the replicas only prefill."""
 
     replicas: Annotated[Count, Field(le=100_000)] = 1
     tp: Count = 1
@@ -69,6 +91,8 @@ class ParallelConfig(Section):
     kvp_tokens_per_group: Count = 524288
     cp: Count = 1
     ring: Literal["striped", "contiguous"] = "striped"
+    elastic: ElasticConfig | None = None
+    decode: DecodeConfig | None = None
 
 
 class KvConfig(Section):
@@ -349,6 +373,28 @@ class Config(Section):
             raise ValueError(
                 f"parallel.cp: a prefill holds the {self.parallel.cp} ranks of its ring to the end, so "
                 f"scheduler.chunking must be whole, and is {self.scheduler.chunking}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _elastic_replicas_take_whole_prompts_in_turn(self) -> Config:
+        parallel, scheduler = self.parallel, self.scheduler
+        elastic = parallel.elastic
+        if elastic is None:
+            return self
+        if parallel.decode is None:
+            raise ValueError("parallel.elastic: needs replicas that decode: give parallel.decode as well")
+        if max(parallel.spp, parallel.kvp, parallel.cp) > 1:
+            raise ValueError("parallel.elastic: goes with tp alone; spp, kvp and cp must be 1")
+        if scheduler.chunking != "whole" or scheduler.priority != "fcfs":
+            raise ValueError(
+                "parallel.elastic: prefills whole prompts, first come, first served: scheduler.chunking must "
+                f"be whole and .priority fcfs, not {scheduler.chunking} and {scheduler.priority}"
+            )
+        if elastic.reserved_replicas >= parallel.replicas:
+            raise ValueError(
+                f"parallel.elastic: {elastic.reserved_replicas} reserved replicas leave none of "
+                f"parallel.replicas ({parallel.replicas}) for long prompts"
             )
         return self
 

@@ -33,7 +33,7 @@ def report_facts(records: RunRecords, experiment: Experiment) -> ReportFacts:
         name=config.name,
         model=experiment.model.name,
         device=experiment.device.vendor_name,
-        gpus=experiment.parallel.gpus,
+        gpus=experiment.gpus,
         layout=_layout(experiment),
         load=_load(config.workload.arrivals),
         classes=_classes(records, experiment),
@@ -76,7 +76,7 @@ def phase_bar(label: str, means_s: Mapping[str, float]) -> PhaseBar:
 
 
 def _layout(experiment: Experiment) -> str:
-    parallel = experiment.parallel
+    parallel, config = experiment.parallel, experiment.config.parallel
     replicas = "1 replica" if parallel.replicas == 1 else f"{parallel.replicas} replicas"
     stages = {"stream": "SPP", "microbatch": "PP"}[parallel.pipeline]
     scheduler = experiment.config.scheduler
@@ -86,7 +86,16 @@ def _layout(experiment: Experiment) -> str:
     groups = f", KVP {parallel.kvp}" if parallel.kvp > 1 else ""
     if parallel.cp > 1:
         groups += f", CP {parallel.cp} ({parallel.ring} ring)"
-    return f"{replicas} of TP {parallel.tp}, {stages} {parallel.spp}{groups}; {scheduler.priority}, {chunks}"
+    if config.elastic is not None:
+        groups += f", elastic CP up to {config.elastic.max_cp}"
+        if config.elastic.reserved_replicas:
+            groups += f" ({config.elastic.reserved_replicas} kept for short prompts)"
+    layout = f"{replicas} of TP {parallel.tp}, {stages} {parallel.spp}{groups}"
+    decode = experiment.decode_parallel
+    if decode is not None:
+        shards = f", KVP {decode.kvp}" if decode.kvp > 1 else ""
+        layout = f"prefill: {layout}; decode: {decode.replicas} of TP {decode.tp}, PP {decode.spp}{shards}"
+    return f"{layout}; {scheduler.priority}, {chunks}"
 
 
 def _load(arrivals: Mapping[str, Any]) -> str:

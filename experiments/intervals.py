@@ -9,7 +9,6 @@ hypercube), log-normal between the 5th and the 95th percentile that training fou
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from statistics import NormalDist
 from typing import Any
 
@@ -45,7 +44,7 @@ def latency_intervals(experiment: Experiment, summarize: Summarize) -> dict[str,
     """The lowest and the highest value over the replays, by latency and statistic, and how many replays."""
     found: dict[str, dict[str, list[float]]] = {name: {} for name in LATENCIES}
     for factors in perturbations(experiment.iteration.kernels.intervals, experiment.config.seed):
-        setup = replace(experiment.setup, cost=experiment.iteration.perturbed(factors))
+        setup = experiment.perturbed_setup(factors)
         summary = summarize(simulate(experiment.workload, setup), experiment)
         for name in LATENCIES:
             for statistic in STATISTICS:

@@ -114,6 +114,8 @@ def live_setup(experiment: Experiment) -> LiveSetup:
         raise InputError(
             "scheduler.kv.prefix_caching: the live runtime computes every prompt in full; false would do"
         )
+    if setup.decode is not None:
+        raise InputError("parallel.decode: the live runtime prefills and decodes in one place; leave it out")
     if experiment.parallel.cp > 1:
         raise InputError(
             f"parallel.cp: the live runtime has no rings; 1 is possible, not {experiment.parallel.cp}"

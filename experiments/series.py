@@ -152,11 +152,11 @@ def _timeline(records: RunRecords) -> Timeline | None:
     borders = np.searchsorted(columns["replica"][order], np.arange(records.replicas + 1))
     shown = np.unique(np.linspace(0, records.replicas - 1, min(MAX_REPLICAS, records.replicas)).astype(int))
     waiting, kv = np.zeros((len(shown), TIME_BINS)), np.zeros((len(shown), TIME_BINS))
-    capacity = max(records.kv_capacity_blocks, 1)
+    capacities = np.maximum(records.kv_capacity_of(np.arange(records.replicas)), 1)
     for row, replica in enumerate(shown):
         mine = order[borders[replica] : borders[replica + 1]]
         waiting[row] = _mean_of_steps(end_s[mine], columns["waiting"][mine], edges)
-        kv[row] = _mean_of_steps(end_s[mine], columns["kv_used_blocks"][mine] / capacity, edges)
+        kv[row] = _mean_of_steps(end_s[mine], columns["kv_used_blocks"][mine] / capacities[replica], edges)
     busy_s = _integral(start_s, end_s, np.ones(len(start_s)), edges)
     with np.errstate(invalid="ignore", divide="ignore"):
         prefill = _integral(start_s, end_s, columns["prefill_tokens"], edges) / busy_s

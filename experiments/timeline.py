@@ -18,11 +18,12 @@ from traces.records import RunRecords
 # Together at most 50,000 events, which browsers open at once.
 MAX_SLICES = 24_000
 MAX_SAMPLES = 8_000  # of each of the two counters
-MAX_REQUESTS = 1_500  # each has three phases, and each phase two events
+MAX_REQUESTS = 1_500  # each has at most four phases, and each phase two events
 
 _PHASES = (
     ("waiting", "arrival_s", "scheduled_s"),
     ("prefill", "scheduled_s", "first_token_s"),
+    ("transfer", "transfer_start_s", "transfer_end_s"),  # within decode
     ("decode", "first_token_s", "finished_s"),
 )
 

@@ -15,7 +15,7 @@ def utilization(records: RunRecords, experiment: Experiment) -> dict[str, float]
       once a batch) ÷ (time × GPUs × memory bandwidth).
     """
     work, model, device = records.work, experiment.model, experiment.device
-    gpu_seconds = records.end_s * experiment.parallel.gpus
+    gpu_seconds = records.end_s * experiment.gpus
     if gpu_seconds <= 0.0:
         return {}
     dtype = experiment.config.dtype

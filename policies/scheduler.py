@@ -7,11 +7,15 @@ runtime is driving. The driver's side of the conversation is
     next_batch(now)               the first stage is free
     leave_first_stage(batch)      the first stage is done with it
     complete(batch, now)          the last stage is done with it; returns who has finished
+
+Where prefills and decodes run in different places, a request leaves the one scheduler by ``prefilled`` and
+``release`` and enters the other by ``expect``, ``reserve`` and ``receive``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from policies.batch import Batch, Chunk, Load
 from policies.cost import CostModel, JointAttention, PrefillWork
@@ -27,7 +31,16 @@ from policies.settings import SchedulerSettings, make_chunking, make_priority
 from policies.sharding import ShardedCostModel, Sharding, SlowestGroup
 from policies.slo import Slo
 
-__all__ = ["Scheduler", "SchedulerSettings"]
+__all__ = ["Reservation", "Scheduler", "SchedulerSettings"]
+
+
+class Reservation(NamedTuple):
+    """KV blocks set aside for a request whose prefill was computed elsewhere."""
+
+    request: Request
+    home: int
+    shards: int
+    blocks: int
 
 
 class Scheduler:
@@ -45,6 +58,7 @@ class Scheduler:
         stages: pipeline stages of the replica.
         sharding: its KVP groups; None is one group.
         prefix_block_tokens: tokens of a block of the requests' ``prefix_ids``; needed for prefix caching.
+        hands_over: requests decode elsewhere: here they only prefill.
 
     Attributes:
         running: requests that hold KV blocks: prefilling, decoding or in flight.
@@ -52,6 +66,8 @@ class Scheduler:
         pending_prefill_tokens: prompt tokens not yet in a batch, over all requests here.
         preemptions: recompute preemptions so far.
         prefixes: the KV cache, if it keeps prefixes.
+        prefilled: requests whose prefill is complete and that decode elsewhere; the driver takes them out.
+            They keep their KV blocks until they are released.
     """
 
     def __init__(
@@ -64,8 +80,11 @@ class Scheduler:
         stages: int = 1,
         sharding: Sharding | None = None,
         prefix_block_tokens: int | None = None,
+        hands_over: bool = False,
     ) -> None:
         self.settings = settings
+        self._hands_over = hands_over
+        self.prefilled: list[Request] = []
         self.slos = slos
         self.sharding = sharding = sharding or Sharding()
         self.kv = GroupedKVCache(kv_capacity_tokens, settings.block_tokens, settings.watermark, sharding)
@@ -124,13 +143,13 @@ class Scheduler:
 
     def fits(self, request: Request) -> bool:
         """Whether the request could ever run here: its longest KV cache within the capacity."""
-        return self.kv.fits(0, self.kv.blocks_for(_longest(request)))
+        return self.kv.fits(0, self.kv.blocks_for(self._longest(request)))
 
     def add(self, request: Request) -> None:
         """Take a request in. Its prefill work, its deadline and its home group are set here."""
         request.work_s = self.work.work_s(request.prompt_tokens)
         request.deadline_s = self.slos[request.slo_class].ttft.deadline_s(request.work_s)
-        request.shards = self.sharding.shards(_longest(request))
+        request.shards = self.sharding.shards(self._longest(request))
         self._placement.place(request)
         self.outstanding += 1
         self.pending_prefill_tokens += request.remaining_prefill_tokens
@@ -237,6 +256,42 @@ class Scheduler:
         self.outstanding -= len(finished)
         return finished
 
+    # -- hand-over ------------------------------------------------------------------------------------
+
+    def release(self, request: Request) -> None:
+        """A request from ``prefilled`` has left: its KV cache has been copied elsewhere."""
+        self._give_back(request)
+        self.outstanding -= 1
+
+    def expect(self) -> None:
+        """A request will come that has been prefilled elsewhere."""
+        self.outstanding += 1
+
+    def reserve(self, request: Request) -> Reservation | None:
+        """Set KV blocks and a seat aside for a request that was prefilled elsewhere; None if that can't be
+        now. Requests of this replica that have lost their blocks go first."""
+        for lane in self._lanes:
+            if len(lane.unadmitted):
+                return None
+        shards = self.sharding.shards(self._longest(request))
+        blocks = self.kv.blocks_for(request.prefill_tokens)
+        for home in sorted(range(self.sharding.groups), key=lambda group: self.kv.groups[group].used_blocks):
+            groups = self._groups_at(home, shards)
+            has_seat = max([self._seats[group] for group in groups]) < self.settings.max_batch_requests
+            if has_seat and self.kv.can_admit(home, blocks):
+                self.kv.take(home, blocks)
+                self.running += 1
+                for group in groups:
+                    self._seats[group] += 1
+                return Reservation(request, home, shards, blocks)
+        return None
+
+    def receive(self, reservation: Reservation) -> None:
+        """The KV cache of a request has arrived, and nobody else holds it: it decodes from here on."""
+        request = reservation.request
+        request.home, request.shards, request.kv_blocks = reservation[1:]
+        self._lane_of(request).decode(request, self.kv.block_tokens)
+
     def attention_s(self, chunk: Chunk) -> float:
         """Predicted attention time of a chunk, added up over the groups that take part in it."""
         if self._slowest is None:
@@ -260,9 +315,18 @@ class Scheduler:
 
     def _groups_of(self, request: Request) -> Sequence[int]:
         """The groups that the request will have taken when it is finished."""
-        if request.shards == 1:
-            return self._lanes[request.home].groups
-        return [self.sharding.group(request.home, shard) for shard in range(request.shards)]
+        return self._groups_at(request.home, request.shards)
+
+    def _groups_at(self, home: int, shards: int) -> Sequence[int]:
+        if shards == 1:
+            return self._lanes[home].groups
+        return [self.sharding.group(home, shard) for shard in range(shards)]
+
+    def _longest(self, request: Request) -> int:
+        """Tokens in the request's KV cache when it leaves: with its last output token, or its first."""
+        if self._hands_over:
+            return request.prompt_tokens
+        return request.prompt_tokens + request.output_tokens - 1
 
     def _give_back(self, request: Request) -> None:
         """Free the KV blocks of a request, and its seats."""
@@ -358,6 +422,8 @@ class Scheduler:
         request.last_token_s = now_s
         if request.generated_tokens == request.output_tokens:
             finished.append(request)
+        elif self._hands_over:
+            self.prefilled.append(request)
         else:
             self._lane_of(request).decode(request, self.kv.block_tokens)
 
@@ -561,8 +627,3 @@ class Scheduler:
         if not self._memory_shut:
             return False
         return self._seats[0] >= self.settings.max_batch_requests or self.priority.static
-
-
-def _longest(request: Request) -> int:
-    """Tokens in the request's KV cache when its last output token is made."""
-    return request.prompt_tokens + request.output_tokens - 1

@@ -44,6 +44,7 @@ from profiler.operator_rows import OperatorRow, make_row, time_outside_s
 from profiler.overheads import HostOverhead
 from profiler.shards import ShardTimes
 from specs import ModelSpec, ParallelSpec
+from specs.topology import layout_of
 
 FloatArray = NDArray[np.float64]
 
@@ -98,7 +99,9 @@ class IterationModel:
         self.stage_layers = parallel.layers_of_stage(model)
         self._heads = model.num_heads // parallel.tp
         self._kv_heads = model.num_kv_heads // parallel.tp
-        self._handover_is_inter_node = parallel.tp * parallel.spp > kernels.device.gpus_per_node
+        layout = layout_of(parallel, kernels.device.gpus_per_node)
+        # For each stage, whether what it is handed comes from another node; the first is handed nothing.
+        self._handed_between_nodes = [False, *(layout.crosses(stage) for stage in range(1, parallel.spp))]
         self._compile_tokens(max(max_batch_tokens, max_chunk_tokens))
         self._compile_rows(max_batch_requests)
         self._compile_chunks(max_chunk_tokens)
@@ -181,9 +184,9 @@ class IterationModel:
         times[-1] += self._rows_table[rows] if rows < len(self._rows_table) else self._rows_line.at(rows)
         return times
 
-    def handover_s(self, tokens: int) -> float:
-        """Seconds to hand the activations of ``tokens`` tokens to the next stage."""
-        return self._handover_line.at(tokens) if len(self.stage_layers) > 1 else 0.0
+    def handover_s(self, tokens: int, stage: int) -> float:
+        """Seconds to hand the activations of ``tokens`` tokens to ``stage`` from the one before it."""
+        return self._handover_lines[self._handed_between_nodes[stage]].at(tokens)
 
     def tokens_outside_s(self, tokens: int, rows: int, requests: int) -> float:
         """Of ``tokens_s``, the seconds of operators outside what was measured: extrapolated, or without any
@@ -250,9 +253,9 @@ class IterationModel:
         first = first_operators(self.model, self.kernels, np.array([float(tokens)]))
         result.extend(make_row(name, estimate, 1) for name, estimate in first)
         result.extend(make_row(name, e, 1) for name, e in self._row_operators(np.array([float(rows)])))
-        handovers = len(self.stage_layers) - 1
-        if handovers:
-            result.append(make_row("stage hand-over", self._handover(np.array([float(tokens)])), handovers))
+        for between_nodes, handovers in self._handovers():
+            name = "stage hand-over between nodes" if between_nodes else "stage hand-over"
+            result.append(make_row(name, self._handover(np.array([float(tokens)]), between_nodes), handovers))
         requests = len(chunks) + decodes
         host_s = self.host_s(sum(chunk for chunk, _ in chunks) + decodes, requests)
         result.append(OperatorRow("host overhead", host_s, 0.0, self.host.source, False))
@@ -325,9 +328,14 @@ class IterationModel:
     def _row_operators(self, rows: FloatArray) -> list[tuple[str, Estimate]]:
         return row_operators(self.model, self.kernels, self.parallel.tp, rows)
 
-    def _handover(self, tokens: FloatArray) -> Estimate:
+    def _handover(self, tokens: FloatArray, between_nodes: bool) -> Estimate:
         num_bytes = self.kernels.activation_bytes * tokens * self.model.hidden_size / self.parallel.tp
-        return self.kernels.send_recv(num_bytes, inter_node=self._handover_is_inter_node)
+        return self.kernels.send_recv(num_bytes, inter_node=between_nodes)
+
+    def _handovers(self) -> list[tuple[bool, int]]:
+        """(whether between nodes, how many) of the hand-overs from stage to stage."""
+        borders = self._handed_between_nodes[1:]
+        return [(kind, borders.count(kind)) for kind in (False, True) if kind in borders]
 
     def _chunk_estimate(self, chunk: FloatArray, context: FloatArray) -> Estimate:
         return self.kernels.prefill_attention(
@@ -356,9 +364,11 @@ class IterationModel:
         layer_s = self._token_layer_s(knots)
         first_s = np.sum([e.time_s for _, e in first_operators(self.model, self.kernels, knots)], axis=0)
         layers_s = np.maximum.accumulate(layer_s) * self.model.num_layers + np.maximum.accumulate(first_s)
-        handover = self._handover(knots).time_s
-        self._handover_line = Polyline(knots, np.maximum.accumulate(handover))
-        handovers_s = handover * (len(self.stage_layers) - 1)
+        handover_s = [np.maximum.accumulate(self._handover(knots, kind).time_s) for kind in (False, True)]
+        self._handover_lines = [Polyline(knots, each) for each in handover_s]
+        handovers_s = np.zeros_like(knots)
+        for kind, count in self._handovers():
+            handovers_s = handovers_s + handover_s[kind] * count
         self._layers_line = Polyline(knots, layers_s)
         self._tokens_line = Polyline(knots, layers_s + handovers_s)
         dense = np.arange(min(int(knots[-1]), DENSE_TOKENS) + 1, dtype=np.float64)
@@ -369,7 +379,8 @@ class IterationModel:
         operators = [*self._token_operators(knots), *self._collectives(knots)]
         outside_s = time_outside_s([estimate for _, estimate in operators]) * self.model.num_layers
         outside_s += time_outside_s([each for _, each in first_operators(self.model, self.kernels, knots)])
-        outside_s += time_outside_s([self._handover(knots)]) * (len(self.stage_layers) - 1)
+        for kind, count in self._handovers():
+            outside_s += time_outside_s([self._handover(knots, kind)]) * count
         self._tokens_outside_line = Polyline(knots, outside_s)
         self._tokens_outside: list[float] = np.interp(dense, knots, outside_s).tolist()
 

@@ -20,6 +20,7 @@ from profiler.kernels import Kernels
 from profiler.shards import ShardTimes
 from profiler.work import kvp_merge_bytes
 from specs import ModelSpec, ParallelSpec
+from specs.topology import layout_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +52,22 @@ class Ring:
     Args:
         parallel: its ``cp`` ranks have ``tp`` GPUs each, which keep to themselves: every GPU sends the keys
             of its own heads to its counterpart, so a ring is as quick as its slowest hop.
+        is_inter_node: whether a hop leaves a node; None if the ranks lie side by side.
     """
 
-    def __init__(self, model: ModelSpec, kernels: Kernels, parallel: ParallelSpec) -> None:
+    def __init__(
+        self,
+        model: ModelSpec,
+        kernels: Kernels,
+        parallel: ParallelSpec,
+        is_inter_node: bool | None = None,
+    ) -> None:
         self._model, self._kernels = model, kernels
         self.ranks = parallel.cp
         self._striped = parallel.ring == "striped"
         self._heads, self._kv_heads = model.num_heads // parallel.tp, model.num_kv_heads // parallel.tp
-        self.is_inter_node = parallel.tp * parallel.cp > kernels.device.gpus_per_node
+        nodes = {rank[0] for rank in layout_of(parallel, kernels.device.gpus_per_node).nodes}
+        self.is_inter_node = len(nodes) > 1 if is_inter_node is None else is_inter_node
 
     def attention(self, chunk: FloatArray, context: FloatArray) -> RingTimes:
         """Of chunks behind ``context`` cached tokens, which are spread over the ranks like the chunk itself.
@@ -128,11 +137,21 @@ class RingModel(IterationModel):
     the keys in all of them: partial attention in every rank, merged as between KVP groups.
     """
 
-    def __init__(self, model: ModelSpec, kernels: Kernels, parallel: ParallelSpec, **options: Any) -> None:
+    def __init__(
+        self,
+        model: ModelSpec,
+        kernels: Kernels,
+        parallel: ParallelSpec,
+        *,
+        is_inter_node: bool | None = None,
+        **options: Any,
+    ) -> None:
         self._ranks = parallel.cp
-        self.ring = Ring(model, kernels, parallel)
+        self.ring = Ring(model, kernels, parallel, is_inter_node)
         self._together = ShardTimes(model, kernels, parallel, np.array([1.0, 2.0]))
         super().__init__(model, kernels, parallel, **options)
+        if is_inter_node is not None:
+            self._limits["is_inter_node"] = is_inter_node  # so that a perturbed copy has it as well
 
     def tokens_s(self, tokens: int, rows: int, requests: int) -> float:
         return super().tokens_s(self._tokens_of_rank(tokens), self._tokens_of_rank(rows), requests)

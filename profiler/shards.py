@@ -11,6 +11,7 @@ from profiler.estimate import Estimate, FloatArray, joined
 from profiler.kernels import Kernels
 from profiler.work import LSE_BYTES, kvp_merge_bytes
 from specs import ModelSpec, ParallelSpec
+from specs.topology import layout_of
 
 
 class ShardTimes:
@@ -26,8 +27,7 @@ class ShardTimes:
         self._model, self._kernels, self._chunks = model, kernels, chunks
         self._heads = model.num_heads // parallel.tp
         self._kv_heads = model.num_kv_heads // parallel.tp
-        # The ranks of one shard lie as far from each other as the groups of GPUs that make up a group.
-        self._is_inter_node = parallel.gpus_per_replica > kernels.device.gpus_per_node
+        self._layout = layout_of(parallel, kernels.device.gpus_per_node)
         self._attention: dict[int, Polyline] = {}
         self._merges: dict[int, Polyline] = {}
 
@@ -57,12 +57,14 @@ class ShardTimes:
         """One layer's exchange of outputs and log-sum-exps between ``shards`` groups, and their sum.
 
         Each group receives those of all the others: (h_q · d) elements and a log-sum-exp a head for every
-        token (arXiv 2409.17264).
+        token (arXiv 2409.17264); those from other nodes over the links between nodes, and those from its own
+        beside them. The group with the most others elsewhere is the last.
         """
         head_dim, element = self._model.head_dim, self._kernels.activation_bytes
         sent = tokens * self._heads * (head_dim * element + LSE_BYTES)
-        if self._is_inter_node:
-            exchange = self._kernels.send_recv(sent * (shards - 1), inter_node=True)
+        elsewhere = self._layout.farthest(shards)
+        if elsewhere:
+            exchange = self._kernels.send_recv(sent * elsewhere, inter_node=True)
         else:
             exchange = self._kernels.all_gather(sent, shards)
         moved = kvp_merge_bytes(tokens, np.full_like(tokens, shards), self._heads, head_dim, element)

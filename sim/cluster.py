@@ -4,60 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import simpy
 
 from policies.request import Request
 from policies.routers import make_router
-from policies.scheduler import Scheduler, SchedulerSettings
-from policies.sharding import Sharding
-from policies.slo import Slo
 from sim.arrivals import ClosedLoopClients, OpenLoop
-from sim.cost import IterationCost
+from sim.pools import Pools
 from sim.replica import Replica
+from sim.setup import DecodeSetup, ElasticSetup, NetworkSetup, Setup
 from traces.records import Recorder, RunRecords
-from traces.synthesis import ClosedLoop, stream
+from traces.synthesis import stream
 from traces.workload import Workload
+
+__all__ = ["Cluster", "DecodeSetup", "ElasticSetup", "NetworkSetup", "Setup", "simulate"]
 
 Progress = Callable[[float, int], None]
 _PROGRESS_EVERY = 256  # requests that arrive or finish
-
-
-@dataclass(frozen=True, slots=True)
-class Setup:
-    """What is simulated, besides the workload.
-
-    Args:
-        cost: iteration times of a replica.
-        kv_capacity_tokens: tokens that the KV cache of one replica holds, or of each of its KVP groups.
-        scheduler: the policy of every replica.
-        replicas: how many there are.
-        sharding: the KVP groups of a replica.
-        slos: one for each SLO class of the workload.
-        router: how requests are spread over replicas.
-        length_threshold_tokens: where the length-partitioned router draws the line.
-        long_replicas: replicas that router keeps for long prompts.
-        closed_loop: clients that wait for their answers; None for an open loop.
-        seed: of the random streams.
-        stop_s: when the clock stops; None lets every request finish.
-        prefix_block_tokens: tokens of the workload's prefix blocks; None if it has none.
-    """
-
-    cost: IterationCost
-    kv_capacity_tokens: int
-    scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
-    replicas: int = 1
-    sharding: Sharding = field(default_factory=Sharding)
-    slos: tuple[Slo, ...] = (Slo(),)
-    router: str = "least_loaded"
-    length_threshold_tokens: int = 8192
-    long_replicas: int = 1
-    closed_loop: ClosedLoop | None = None
-    send_until_s: float | None = None
-    seed: int = 0
-    stop_s: float | None = None
-    prefix_block_tokens: int | None = None
 
 
 class Cluster:
@@ -88,30 +51,16 @@ class Cluster:
             threshold_tokens=setup.length_threshold_tokens,
             long_replicas=setup.long_replicas,
         )
-        self.schedulers = [
-            Scheduler(
-                setup.scheduler,
-                setup.cost,
-                setup.kv_capacity_tokens,
-                slos=setup.slos,
-                stages=len(setup.cost.stage_layers),
-                sharding=setup.sharding,
-                prefix_block_tokens=setup.prefix_block_tokens,
-            )
-            for _ in range(setup.replicas)
-        ]
-        self.replicas = [
-            replica(
-                self.env,
-                index,
-                scheduler,
-                setup.cost,
-                self.recorder,
-                self._finished,
-                step_by_step=step_by_step,
-            )
-            for index, scheduler in enumerate(self.schedulers)
-        ]
+        pools = Pools(
+            self.env,
+            setup,
+            self.recorder,
+            self._finished,
+            step_by_step=step_by_step,
+            replica=replica,
+        )
+        self._pools = pools
+        self.replicas, self.schedulers = pools.entries, pools.entry_schedulers
         self._source: OpenLoop | ClosedLoopClients
         if setup.closed_loop is None:
             self._source = OpenLoop(self.env, workload, self._arrived)
@@ -133,17 +82,20 @@ class Cluster:
             interrupted = True
         for request in self._alive.values():
             self._record_progress(request)
-        kv, work = self.schedulers[0].kv, self.recorder.work
-        for scheduler in self.schedulers:
+        work = self.recorder.work
+        for scheduler in self._pools.schedulers:
             if scheduler.prefixes is not None:
                 work.looked_up_tokens += scheduler.prefixes.looked_up_tokens
                 work.reused_tokens += scheduler.prefixes.reused_tokens
+        capacities = self._pools.kv_capacities()
         records = self.recorder.records(
-            replicas=len(self.replicas),
-            kv_capacity_blocks=kv.capacity_blocks,
-            block_tokens=kv.block_tokens,
+            replicas=len(capacities),
+            kv_capacity_blocks=capacities[0],
+            block_tokens=self.setup.scheduler.block_tokens,
             end_s=self.env.now,
         )
+        if len(set(capacities)) > 1:
+            records.kv_capacities = capacities
         records.interrupted = interrupted
         records.wall_s = time.perf_counter() - began_s
         return records
@@ -156,7 +108,7 @@ class Cluster:
             full = prompt_tokens // self._prefix.block_tokens
             request.prefix_ids = self._prefix.row(index)[:full].tolist()
         chosen = self._router.route(request, self.schedulers)
-        fits = self.schedulers[chosen].fits(request)
+        fits = self.schedulers[chosen].fits(request) and self._pools.could_decode(request)
         self.recorder.arrival(
             index, arrival_s, prompt_tokens, output_tokens, slo_class, chosen if fits else -1
         )

@@ -21,8 +21,8 @@ class IterationCost(CostModel, Protocol):
         """Seconds of each stage; with the hand-overs they add up to the iteration."""
         ...
 
-    def handover_s(self, tokens: int) -> float:
-        """Seconds to hand the activations of ``tokens`` tokens from one stage to the next."""
+    def handover_s(self, tokens: int, stage: int) -> float:
+        """Seconds to hand the activations of ``tokens`` tokens to ``stage`` from the one before it."""
         ...
 
     def decode_run(self, decodes: int, total_context: int, steps: int, joint_s: float = 0.0) -> DecodeRun:

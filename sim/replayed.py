@@ -147,7 +147,7 @@ class _ReplayedReplica(Replica):
             self._expected.check(batch, self.env.now)
         return delay_until(self._expected.end_s[batch.id][stage], self.env.now)
 
-    def handover_s(self, batch: Batch) -> float:
+    def handover_s(self, batch: Batch, stage: int) -> float:
         return 0.0
 
 

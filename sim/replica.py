@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import simpy
 
 from policies.batch import Batch, Load
 from policies.request import Request
-from policies.scheduler import Scheduler
+from policies.scheduler import Reservation, Scheduler
 from profiler.decode_run import DecodeRun
 from sim.cost import IterationCost
+from sim.network import Holding, Interval, Network, Port
 from traces.records import Recorder
 
 Process = Generator[simpy.Event, Any, None]
@@ -27,6 +28,15 @@ class Replica:
     request arrives. Such a stretch is one event (see :class:`~profiler.decode_run.DecodeRun`); an arrival
     interrupts it, and the step then under way is finished first. ``step_by_step`` turns that off; replicas
     of several stages always go step by step.
+
+    Args:
+        index: its number in the records.
+        on_prefilled: called with a request that decodes elsewhere, and with this replica.
+        network: what its stages share with the KV caches that move; None if they have links of their own.
+        ports: [groups][stages]: the links of each stage; empty if nothing moves over them.
+
+    Attributes:
+        on_batch_end: called after every batch (or run of decode steps), unless None.
     """
 
     def __init__(
@@ -39,6 +49,9 @@ class Replica:
         on_finish: Callable[[Request], None],
         *,
         step_by_step: bool = False,
+        on_prefilled: Callable[[Request, Replica], None] | None = None,
+        network: Network | None = None,
+        ports: Sequence[Sequence[Port]] = (),
     ) -> None:
         self.env = env
         self.index = index
@@ -46,6 +59,10 @@ class Replica:
         self.cost = cost
         self.recorder = recorder
         self._on_finish = on_finish
+        self._on_prefilled = on_prefilled
+        self._network = network
+        self._ports = ports
+        self.on_batch_end: Callable[[], None] | None = None
         self._num_stages = len(cost.stage_layers)
         # With later stages, an arrival may enter the first one while a decode step is still in the last.
         self._fast_forward = self._num_stages == 1 and not step_by_step
@@ -63,9 +80,52 @@ class Replica:
     def submit(self, request: Request) -> None:
         """Hand a request to the scheduler, and see to it that the first stage takes notice."""
         self.scheduler.add(request)
+        self._notice()
+
+    def release(self, request: Request) -> None:
+        """A request that was prefilled here has left, so that others have more room."""
+        self.scheduler.release(request)
+        self._notice()
+
+    def receive(self, reservation: Reservation) -> None:
+        """The KV cache of a request that decodes here from now on has arrived."""
+        self.scheduler.receive(reservation)
+        self._notice()
+
+    def end_run(self) -> None:
+        """Of a run of decode steps, let the present one be the last."""
         if self._in_run:
             self._in_run = False
             self._process.interrupt()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no batch is in flight."""
+        return self._in_flight == 0
+
+    def holdings(self, request: Request) -> list[Holding]:
+        """Where the KV cache of a request lies that was prefilled here."""
+        return self.holdings_of(request.home, request.prefill_tokens)
+
+    def holdings_of(self, home: int, tokens: int) -> list[Holding]:
+        """Where ``tokens`` tokens of a request lie whose home is the group ``home``."""
+        sharding = self.scheduler.sharding
+        held, first = [], 0
+        for shard in range(sharding.shards(tokens)):
+            last = first + sharding.stored(tokens, shard)
+            share, first = Interval(first / tokens, last / tokens), last
+            layer = 0
+            for port, layers in zip(
+                self._ports[sharding.group(home, shard)], self.cost.stage_layers, strict=True
+            ):
+                held.append(Holding(port, Interval(layer, layer + layers), share))
+                layer += layers
+        return held
+
+    def _notice(self) -> None:
+        """See to it that the first stage looks at its scheduler."""
+        if self._in_run:
+            self.end_run()
         else:
             self._wake_up()
 
@@ -116,7 +176,11 @@ class Replica:
         """Carries activations to ``stage``, one batch at a time."""
         while True:
             batch = yield self._links[stage].get()
-            yield self.env.timeout(self.handover_s(batch))
+            if self._network is None:
+                yield self.env.timeout(self.handover_s(batch, stage))
+            else:
+                pairs = [(group[stage - 1], group[stage]) for group in self._ports]
+                yield from self._network.occupy_all(pairs, self.handover_s(batch, stage))
             self._inboxes[stage].put(batch)
 
     def _later_stage(self, stage: int) -> Process:
@@ -145,9 +209,9 @@ class Replica:
             return self.cost.tokens_s(load.tokens, load.rows, load.requests) + load.attention_s
         return self.cost.stage_times_s(load.tokens, load.rows, load.requests, load.attention_s)[stage]
 
-    def handover_s(self, batch: Batch) -> float:
-        """Seconds to hand the activations of ``batch`` to the next stage."""
-        return self.cost.handover_s(max(load.tokens for load in batch.loads))
+    def handover_s(self, batch: Batch, stage: int) -> float:
+        """Seconds to hand the activations of ``batch`` to ``stage``, where nothing else moves."""
+        return self.cost.handover_s(max(load.tokens for load in batch.loads), stage)
 
     # -- bookkeeping ------------------------------------------------------------------------------------
 
@@ -173,6 +237,12 @@ class Replica:
         self._in_flight -= 1
         for request in self.scheduler.complete(batch, self.env.now, steps):
             self._on_finish(request)
+        if self._on_prefilled is not None:
+            prefilled, self.scheduler.prefilled = self.scheduler.prefilled, []
+            for request in prefilled:
+                self._on_prefilled(request, self)
+        if self.on_batch_end is not None:
+            self.on_batch_end()
 
     def _record_stage(self, batch: Batch, stage: int, start_s: float, steps: int = 1) -> None:
         """Note that ``stage`` is through with a batch, after all that its end brings has happened."""

@@ -29,5 +29,5 @@ class _SlowedReplica(Replica):
     def stage_s(self, batch: Batch, stage: int) -> float:
         return self._factor * super().stage_s(batch, stage)
 
-    def handover_s(self, batch: Batch) -> float:
-        return self._factor * super().handover_s(batch)
+    def handover_s(self, batch: Batch, stage: int) -> float:
+        return self._factor * super().handover_s(batch, stage)

@@ -50,7 +50,7 @@ class LinearCost:
         stages = len(self.stage_layers)
         return [(self.base_s + self.token_s * tokens + attention_s) / stages] * stages
 
-    def handover_s(self, tokens: int) -> float:
+    def handover_s(self, tokens: int, stage: int = 1) -> float:
         return self._handover_s
 
     def decode_run(self, decodes: int, total_context: int, steps: int, joint_s: float = 0.0) -> DecodeRun:

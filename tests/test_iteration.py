@@ -116,7 +116,7 @@ def test_stage_times_and_handovers_add_up_to_the_iteration(cost: IterationModel)
     assert staged.stage_layers == (11, 11, 10)
     attention_s = staged.chunk_attention_s(512, 4096)
     times_s = staged.stage_times_s(512, 1, 1, attention_s)
-    total_s = sum(times_s) + 2 * staged.handover_s(512)
+    total_s = sum(times_s) + 2 * staged.handover_s(512, 1)
     assert total_s == pytest.approx(staged.tokens_s(512, 1, 1) + attention_s, rel=1e-9)
 
 

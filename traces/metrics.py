@@ -39,7 +39,13 @@ def summarize(
     finished = requests["status"] == FINISHED
     met = slo_met(records, tpot_targets_s)
     result: dict[str, Any] = {}
-    for name, values in (("ttft_s", records.ttft_s), ("tpot_s", records.tpot_s), ("e2e_s", records.e2e_s)):
+    for name, values in (
+        ("ttft_s", records.ttft_s),
+        ("tpot_s", records.tpot_s),
+        ("e2e_s", records.e2e_s),
+        ("transfer_wait_s", requests["transfer_start_s"] - requests["first_token_s"]),
+        ("transfer_s", requests["transfer_end_s"] - requests["transfer_start_s"]),
+    ):
         statistics = describe_values(values)
         if statistics:
             result[name] = statistics
@@ -163,5 +169,5 @@ def kv_utilization(records: RunRecords) -> float | None:
     length_s = np.where(batches["stage"] == 0, batches["end_s"] - batches["start_s"], 0.0)
     if length_s.sum() <= 0 or records.kv_capacity_blocks == 0:
         return None
-    used = batches["kv_used_blocks"] / records.kv_capacity_blocks
+    used = batches["kv_used_blocks"] / records.kv_capacity_of(batches["replica"])
     return float((used * length_s).sum() / length_s.sum())

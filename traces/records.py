@@ -37,6 +37,9 @@ REQUEST_COLUMNS = (
     "preemptions",
     "deadline_s",
     "slo_met",
+    "decode_replica",
+    "transfer_start_s",
+    "transfer_end_s",
 )
 BATCH_COLUMNS = (
     "start_s",
@@ -79,7 +82,8 @@ class RunRecords:
     Attributes:
         requests: columns of one entry a request: request_id, arrival_s, prompt_tokens, output_tokens,
             slo_class and status (codes), replica (−1 if none), scheduled_s, first_token_s, finished_s,
-            preemptions, deadline_s.
+            preemptions, deadline_s; and where prefills and decodes run in different places, decode_replica
+            (else −1), transfer_start_s and transfer_end_s: of its KV cache, from when there was room for it.
         batches: columns of ``BATCH_COLUMNS``, one entry for each batch and stage, or for each run of
             ``steps`` equal decode batches. ``waiting`` and ``kv_used_blocks`` are as of the batch's end: what
             finished with it holds none.
@@ -97,6 +101,13 @@ class RunRecords:
     work: Work = field(default_factory=Work)
     wall_s: float = 0.0
     interrupted: bool = False
+    kv_capacities: tuple[int, ...] = ()  # blocks of each replica, if not all have kv_capacity_blocks
+
+    def kv_capacity_of(self, replica: NDArray[Any]) -> NDArray[Any]:
+        """KV blocks that the replicas of these indices hold."""
+        if not self.kv_capacities:
+            return np.full(len(replica), self.kv_capacity_blocks)
+        return np.array(self.kv_capacities)[replica.astype(np.int64)]
 
     @property
     def ttft_s(self) -> FloatArray:
@@ -136,7 +147,15 @@ class Recorder:
         nothing = float("nan")
         self._times = {
             name: array("d", [nothing]) * num_requests
-            for name in ("arrival_s", "scheduled_s", "first_token_s", "finished_s", "deadline_s")
+            for name in (
+                "arrival_s",
+                "scheduled_s",
+                "first_token_s",
+                "finished_s",
+                "deadline_s",
+                "transfer_start_s",
+                "transfer_end_s",
+            )
         }
         self._counts = {
             "prompt_tokens": array("i", [0]) * num_requests,
@@ -145,6 +164,7 @@ class Recorder:
             "replica": array("i", [-1]) * num_requests,
             "status": array("B", [UNFINISHED]) * num_requests,
             "preemptions": array("i", [0]) * num_requests,
+            "decode_replica": array("i", [-1]) * num_requests,
         }
         self._seen = array("B", [0]) * num_requests
         self._batches = array("d")  # row by row: one call appends a row
@@ -165,6 +185,16 @@ class Recorder:
         if replica < 0:
             self._counts["status"][id] = REJECTED
             self.rejected += 1
+
+    def placed(self, id: int, replica: int) -> None:
+        """Where a request prefills, if that wasn't known when it arrived."""
+        self._counts["replica"][id] = replica
+
+    def transfer(self, id: int, decode_replica: int, start_s: float, end_s: float) -> None:
+        """A request's KV cache has moved to where it decodes."""
+        self._counts["decode_replica"][id] = decode_replica
+        self._times["transfer_start_s"][id] = start_s
+        self._times["transfer_end_s"][id] = end_s
 
     def progress(
         self, id: int, scheduled_s: float, first_token_s: float, deadline_s: float, preemptions: int
@@ -224,7 +254,8 @@ def write_requests_csv(records: RunRecords, slo_met: NDArray[np.bool_], path: Pa
     text = {name: _cells(columns[name]) for name in REQUEST_COLUMNS if name != "slo_met"}
     text["slo_class"] = [records.slo_names[code] for code in columns["slo_class"].tolist()]
     text["status"] = [STATUSES[code] for code in columns["status"].tolist()]
-    text["replica"] = ["" if code < 0 else str(code) for code in columns["replica"].tolist()]
+    for name in ("replica", "decode_replica"):
+        text[name] = ["" if code < 0 else str(code) for code in columns[name].tolist()]
     text["slo_met"] = ["true" if met else "false" for met in slo_met.tolist()]
     _write_csv(path, REQUEST_COLUMNS, zip(*(text[name] for name in REQUEST_COLUMNS), strict=True))
 

@@ -39,7 +39,7 @@ def read_requests_csv(path: Path, slo_names: Sequence[str]) -> Columns:
         {
             **kinds,
             **dict.fromkeys(counts, _count),
-            "replica": lambda text: -1 if text == "" else _count(text),
+            **dict.fromkeys(("replica", "decode_replica"), lambda text: -1 if text == "" else _count(text)),
             "slo_class": lambda text: _name(text, classes),
             "status": lambda text: _name(text, statuses),
         },
