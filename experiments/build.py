@@ -93,9 +93,7 @@ def build(config: Config, where: str) -> Experiment:
         check_sharding(parallel, config.scheduler.kv.block_tokens)
         stages = max(parallel.spp, 1 if config.parallel.decode is None else config.parallel.decode.spp)
         if config.scheduler.async_scheduling and stages > 1:
-            raise InputError(
-                f"scheduler.async_scheduling: is for replicas of one stage; an spp is {stages}"
-            )
+            raise InputError(f"scheduler.async_scheduling: is for replicas of one stage; an spp is {stages}")
         memory = fit_config_memory(config, model, device, parallel)
         settings = _scheduler_settings(config)
         workload, closed_loop = build_workload(
@@ -108,7 +106,7 @@ def build(config: Config, where: str) -> Experiment:
         )
         slos = _slos(config, workload.slo_names)
         sharding = Sharding(parallel.kvp, parallel.kvp_tokens_per_group)
-        fit = partial(_fit_memory, config, model, device)
+        fit = partial(fit_config_memory, config, model, device)
         pools = SeparatePools(config, model, device, parallel, fit)
         notes = _check_lengths(workload, model, memory, sharding, pools)
         notes += _check_prefixes(workload, config)

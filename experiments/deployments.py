@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from experiments.build import check_sharding
 from experiments.config import Config
 from experiments.grid import Cell, cell_id
 from experiments.load import load_config
 from experiments.plan_config import PlanConfig
+from experiments.separate import check_sharding
 from specs import DeviceSpec, InputError, ModelSpec, ParallelSpec, get_device
 from specs.parallel import tp_choices
 from traces.workload import Workload

@@ -14,7 +14,7 @@ from specs.devices import Link
 
 Process = Generator[simpy.Event, Any, None]
 
-PIECE_BYTES = 256 << 20  # of one GPU; what waits for a link gets it after at most so many
+PIECE_BYTES = 64 << 20  # of one GPU; who waits for a link waits for a piece or two
 
 
 class Interval(NamedTuple):
