@@ -163,6 +163,11 @@ class RingModel(IterationModel):
     def tokens_outside_s(self, tokens: int, rows: int, requests: int) -> float:
         return super().tokens_outside_s(self._tokens_of_rank(tokens), self._tokens_of_rank(rows), requests)
 
+    @property
+    def joint_is_known(self) -> bool:
+        """Attention of whole batches was measured on one rank, not on a ring."""
+        return False
+
     def prefill_s(self, tokens: int) -> float:
         """Seconds of a whole prompt of ``tokens`` tokens, by itself, straight from the kernel models."""
         return sum(row.time_s for row in self.explain([(tokens, 0)]))

@@ -36,7 +36,8 @@ class Replica:
         ports: [groups][stages]: the links of each stage; empty if nothing moves over them.
 
     Attributes:
-        on_batch_end: called after every batch (or run of decode steps), unless None.
+        on_batch_end: called after every batch (or run of decode steps), and when there is none to begin,
+            unless None.
     """
 
     def __init__(
@@ -141,8 +142,10 @@ class Replica:
         while True:
             batch = scheduler.next_batch(env.now) if self._in_flight < self._num_stages else None
             if batch is None:
-                self._waiting_for_work = env.event()
-                yield self._waiting_for_work
+                work = self._waiting_for_work = env.event()
+                if self.on_batch_end is not None:
+                    self.on_batch_end()  # asking for a batch may have freed memory
+                yield work
                 continue
             self._in_flight += 1
             steps = scheduler.steady_steps(batch) if self._fast_forward else 1

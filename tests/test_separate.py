@@ -217,7 +217,7 @@ ROW = st.tuples(st.floats(0.0, 0.3), st.integers(1, 600), st.integers(1, 60))
     st.sampled_from([672, 800, 3008]),
     st.sampled_from([608, 1312, 4992]),
     st.booleans(),
-    st.sampled_from([1, 2]),
+    st.sampled_from(["one stage", "two stages", "asynchronous"]),
 )
 @settings(max_examples=40, deadline=None)
 def test_every_request_finishes_and_all_blocks_come_back(
@@ -227,10 +227,11 @@ def test_every_request_finishes_and_all_blocks_come_back(
     decode_kv: int,
     prefill_kv: int,
     hidden: bool,
-    stages: int,
+    kind: str,
 ) -> None:
     """No deadlock, however small the caches; nothing is lost; one step at a time gives the same."""
     rows = sorted(rows)
+    stages = 2 if kind == "two stages" else 1
     cost = LinearCost(base_s=1e-3, token_s=1e-5, pair_s=1e-8, stages=stages, handover_s=1e-4)
     # Steps of an odd length: where batches of two replicas end together, their order is a matter of rounding.
     decode_cost = replace_layers(LinearCost(base_s=2.0371e-3, context_s=1.0193e-7), stages)
@@ -241,6 +242,7 @@ def test_every_request_finishes_and_all_blocks_come_back(
         decodes=decodes,
         decode_kv=decode_kv,
         prefill_kv=prefill_kv,
+        policy=replace(STATIC, async_scheduling=kind == "asynchronous"),
         prefill_cost=cost,
         decode_cost=decode_cost,
     )
