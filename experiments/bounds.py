@@ -83,7 +83,7 @@ def ruled_out(config: Config, needs: Demand) -> str | None:
     Only what is certain counts: a deployment that is let through may still miss them.
     """
     device = get_device(config.device)
-    parallel = ParallelSpec(**config.parallel.model_dump())
+    parallel = ParallelSpec(**config.parallel.shape)
     try:
         capacity = fit_config_memory(config, needs.model, device, parallel).kv_capacity_tokens
     except InputError as error:

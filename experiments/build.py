@@ -89,7 +89,7 @@ def build(config: Config, where: str) -> Experiment:
     """
     with errors_from(where):
         model, device = get_model(config.model), get_device(config.device)
-        parallel = ParallelSpec(**config.parallel.model_dump(exclude={"elastic", "decode"}))
+        parallel = ParallelSpec(**config.parallel.shape)
         check_sharding(parallel, config.scheduler.kv.block_tokens)
         stages = max(parallel.spp, 1 if config.parallel.decode is None else config.parallel.decode.spp)
         if config.scheduler.async_scheduling and stages > 1:

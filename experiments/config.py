@@ -94,6 +94,11 @@ class ParallelConfig(Section):
     elastic: ElasticConfig | None = None
     decode: DecodeConfig | None = None
 
+    @property
+    def shape(self) -> dict[str, Any]:
+        """How its own replicas are parallel, as ``ParallelSpec`` takes it."""
+        return self.model_dump(exclude={"elastic", "decode"})
+
 
 class KvConfig(Section):
     """The paged KV cache: tokens per block, the share of blocks that admission leaves free, whether

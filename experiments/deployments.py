@@ -83,6 +83,8 @@ def deployments(config: Config, plan: PlanConfig, model: ModelSpec, workload: Wo
     Raises:
         InputError: a device is unknown, has no price, or there are too many deployments, or none.
     """
+    if config.parallel.decode is not None:
+        raise InputError("parallel.decode: a plan looks for replicas that prefill and decode; leave it out")
     policies = plan.policies or default_policies(config)
     longest = int((workload.prompt_tokens.astype(np.int64) + workload.output_tokens).max())
     found: list[Deployment] = []
@@ -208,7 +210,7 @@ def _shapes(
             for kvp in plan.kvp or groups:
                 changed = {"replicas": 1, "tp": tp, "spp": spp, "kvp": kvp}
                 try:
-                    shape = ParallelSpec(**(parallel.model_dump() | changed))
+                    shape = ParallelSpec(**(parallel.shape | changed))
                     if shape.gpus_per_replica > plan.gpus:
                         continue
                     shape.check(model, device)

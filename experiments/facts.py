@@ -17,7 +17,6 @@ from traces.metrics import describe_values, slo_met
 from traces.pressure import phases
 from traces.records import FINISHED, RunRecords
 
-PHASE_NAMES = ("queue", "prefill", "decode")
 _SLOWEST = (0.1, 0.01)
 
 
@@ -40,7 +39,7 @@ def report_facts(records: RunRecords, experiment: Experiment) -> ReportFacts:
         notes=notes,
         config_yaml=dump_yaml(config),
         version=version(),
-        phase_names=PHASE_NAMES,
+        phase_names=tuple(phases(records)),
         phases=_phases(records),
     )
 

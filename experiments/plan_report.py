@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from experiments.build import slo_of
 from experiments.capacity_search import LoadTrial
-from experiments.facts import PHASE_NAMES, phase_bar, promise
+from experiments.facts import phase_bar, promise
 from experiments.load import dump_yaml
 from experiments.plan_facts import PlanFacts, is_edge_of_search, usd_per_million_tokens
 from experiments.plan_text import HEADER, answer, effort, headroom, rows
@@ -44,7 +44,7 @@ def write_report(facts: PlanFacts, *, plots: bool) -> None:
         headlines=_headlines(facts),
         growth=_growth(facts),
         classes=_classes(facts),
-        phase_names=PHASE_NAMES,
+        phase_names=tuple(phases) if phases else (),
         phases=[phase_bar("all finished requests", phases)] if phases else [],
         header=HEADER,
         tables=_tables(facts),

@@ -17,14 +17,22 @@ def phases(records: RunRecords) -> dict[str, FloatArray]:
     """Seconds of each request in each phase, NaN where it didn't get so far; they add up to E2E.
 
     ``queue`` is arrival to its first chunk in a batch, ``prefill`` from there to the first token (waiting
-    between chunks included), ``decode`` the rest, prefilling again after a preemption included.
+    between chunks included), ``decode`` the rest, prefilling again after a preemption included. Where
+    requests decode elsewhere, ``transfer`` is from the first token until the KV cache has arrived there,
+    waiting for room included; ``decode`` begins then.
     """
     requests = records.requests
-    return {
+    found = {
         "queue": np.asarray(requests["scheduled_s"] - requests["arrival_s"]),
         "prefill": np.asarray(requests["first_token_s"] - requests["scheduled_s"]),
-        "decode": np.asarray(requests["finished_s"] - requests["first_token_s"]),
     }
+    decodes_from_s = requests["first_token_s"]
+    moved = ~np.isnan(requests["transfer_end_s"])
+    if moved.any():
+        decodes_from_s = np.where(moved, requests["transfer_end_s"], decodes_from_s)
+        found["transfer"] = np.asarray(decodes_from_s - requests["first_token_s"])
+    found["decode"] = np.asarray(requests["finished_s"] - decodes_from_s)
+    return found
 
 
 def mean_phases(records: RunRecords) -> dict[str, float]:
@@ -68,7 +76,8 @@ def pressure(records: RunRecords) -> dict[str, float]:
     lasted_s = (batches["end_s"] - batches["start_s"])[first]
     if records.end_s <= 0.0 or lasted_s.sum() <= 0.0:
         return {}
-    in_use = batches["kv_used_blocks"][first] / max(records.kv_capacity_blocks, 1)
+    capacities = np.maximum(records.kv_capacity_of(batches["replica"][first]), 1)
+    in_use = batches["kv_used_blocks"][first] / capacities
     full = (in_use >= KV_FULL) & (batches["waiting"][first] > 0)
     found = {
         "busy_share": min(float(lasted_s.sum()) / (records.end_s * records.replicas), 1.0),

@@ -40,7 +40,7 @@ def measure_run(records: RunRecords, experiment: Experiment) -> dict[str, Any]:
     result = summarize_run(records, experiment) | _of_requests(records, np.ones(len(long), dtype=np.bool_))
     result["short"] = _of_requests(records, ~long)
     result["long"] = _of_requests(records, long)
-    result["gpus"] = experiment.parallel.gpus
+    result["gpus"] = experiment.gpus
     batches = records.batches
     mixed = (batches["num_prefills"] > 0) & (batches["num_decodes"] > 0)
     durations_s = (batches["end_s"] - batches["start_s"])[mixed] * experiment.parallel.spp
