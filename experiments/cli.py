@@ -306,7 +306,7 @@ def _add_validate(parser: argparse.ArgumentParser) -> None:
         "--case", action="append", default=[], metavar="NAME", help="only this case, or those like *.spp2-*"
     )
     parser.add_argument(
-        "--replay", metavar="DIR", help="live runs that are on disk already: run nothing, compare with them"
+        "--replay", metavar="DIR", help="runs that are on disk already: run nothing, compare with them"
     )
     parser.set_defaults(run=_validate)
 

@@ -260,6 +260,29 @@ class RequestTolerance(QuantileTolerance):
     metrics: Annotated[list[Latency], Field(min_length=1)] = Field(default_factory=lambda: list(_JUDGED))
 
 
+class MeasuredTolerance(Section):
+    """Relative errors that are allowed against a measured run of another engine.
+
+    Of the latencies, those of ``statistics``; of the iterations of a log the median, without the first
+    ``fitted_share`` of each segment, to which something was fitted. ``segment`` is that of the workload.
+    """
+
+    ttft: Positive = 0.04
+    tpot: Positive = 0.015
+    e2e: Positive = 0.015
+    makespan: Positive = 0.03
+    decode: Positive = 0.04
+    mixed: Positive = 0.06
+    context: Positive = 0.06
+    statistics: Annotated[list[Literal["mean", "p50", "p90", "p99"]], Field(min_length=1)] = [
+        "mean",
+        "p50",
+        "p99",
+    ]
+    segment: str | None = None
+    fitted_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
 class ValidateConfig(Section):
     """``convoy validate``: live runs, and what each rung of the ladder tolerates.
 
@@ -271,6 +294,7 @@ class ValidateConfig(Section):
     operator: QuantileTolerance = QuantileTolerance()
     iteration: QuantileTolerance = QuantileTolerance()
     request: RequestTolerance = RequestTolerance()
+    measured: MeasuredTolerance = MeasuredTolerance()
     cases: Annotated[list[CaseAxis], Field(max_length=8)] = Field(default_factory=list)
 
     @field_validator("cases")

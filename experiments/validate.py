@@ -8,8 +8,10 @@ from pathlib import Path
 
 from experiments.build import Experiment, build, errors_from
 from experiments.cases import Case, load_cases
+from experiments.engine_replay import print_replay, replay_engine, write_replay
 from experiments.live import live_setup, serve_live
 from experiments.live_records import LiveRun, find_live_runs, read_live_run
+from experiments.measured import find_requests, read_measured
 from experiments.output import choose_folder, writing
 from experiments.run import summarize_run
 from experiments.rungs import Ladder, climb, with_capacity_of
@@ -44,6 +46,8 @@ def validate(options: ValidateOptions) -> int:
             written.
     """
     cases = load_cases(options.config, options.overrides, options.cases)
+    if options.replay is not None and find_requests(Path(options.replay)) is not None:
+        return _validate_engine(cases, options)
     folder = choose_folder(options.out, options.config.stem, force=options.force)
     prepared = [_prepare(case, options) for case in cases]
     outcomes: list[Outcome] = []
@@ -63,6 +67,26 @@ def validate(options: ValidateOptions) -> int:
     if outcomes[-1].interrupted:
         return 130
     return 0 if all(outcome.passes for outcome in outcomes) else 1
+
+
+def _validate_engine(cases: Sequence[Case], options: ValidateOptions) -> int:
+    """Hold a simulation against a measured run of another engine; the exit status as of :func:`validate`."""
+    if len(cases) != 1:
+        raise InputError(
+            f"--replay {options.replay}: is one run, but {options.config} has {len(cases)} cases"
+        )
+    (case,) = cases
+    with errors_from(str(options.replay)):
+        run = read_measured(Path(str(options.replay)))
+    folder = choose_folder(options.out, options.config.stem, force=options.force)
+    experiment = build(case.config, case.where)
+    found, _ = replay_engine(experiment, run, case.where)
+    with writing(folder, numbered=options.out is None) as (partial, final):
+        write_replay(partial, found, experiment, run)
+    if not options.quiet:
+        print_replay(case.config.name, found, run)
+        print(f"Written to {final}")
+    return 0 if found.passes else 1
 
 
 @dataclass(frozen=True, slots=True)
