@@ -160,6 +160,21 @@ def _plan(options: argparse.Namespace) -> int:
     )
 
 
+def _calibrate(options: argparse.Namespace) -> int:
+    from experiments.calibrate import CalibrateOptions, calibrate
+
+    return calibrate(
+        CalibrateOptions(
+            records=Path(options.records),
+            config=Path(options.config),
+            overrides=options.set,
+            share=options.share,
+            out=None if options.out is None else Path(options.out),
+            force=options.force,
+        )
+    )
+
+
 def _predict(options: argparse.Namespace) -> int:
     from experiments.predict import PredictOptions, predict
 
@@ -240,6 +255,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands.add_parser("run", help="simulate a configuration"))
     _add_live(commands.add_parser("live", help="serve a configuration on the live runtime"))
     _add_validate(commands.add_parser("validate", help="compare a simulation with live runs, rung by rung"))
+    _add_calibrate(commands.add_parser("calibrate", help="fit the host's time to a measured run"))
     _add_sweep(commands.add_parser("sweep", help="simulate a grid of configurations, resumable"))
     _add_paper(commands.add_parser("paper", help="compute the figures of Medha's paper, resumable"))
     _add_plan(commands.add_parser("plan", help="search the cheapest deployment that holds the SLOs"))
@@ -309,6 +325,25 @@ def _add_validate(parser: argparse.ArgumentParser) -> None:
         "--replay", metavar="DIR", help="runs that are on disk already: run nothing, compare with them"
     )
     parser.set_defaults(run=_validate)
+
+
+def _add_calibrate(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Fits what tables of kernels don't hold, the host's time in each iteration and the factor of a "
+        "roofline, to the first part of a measured run: a folder that `convoy measure` wrote, or one of the "
+        "other forms that `convoy validate --replay` reads."
+    )
+    parser.add_argument("records", metavar="RECORDS", help="the folder of the measured run")
+    parser.add_argument("--config", required=True, metavar="CONFIG.yaml", help="what was measured")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY.PATH=VALUE", help=f"change a key: {_CONFIG_HELP}"
+    )
+    parser.add_argument(
+        "--share", type=_share, default=0.5, metavar="S", help="which part of the run; default the first half"
+    )
+    parser.add_argument("--out", metavar="FILE.yaml", help="write the configuration with what was found")
+    parser.add_argument("--force", action="store_true", help="replace the file")
+    parser.set_defaults(run=_calibrate)
 
 
 def _add_sweep(parser: argparse.ArgumentParser) -> None:
@@ -464,6 +499,17 @@ def _count(text: str) -> int:
 def _tokens(text: str) -> int:
     """A whole number of at least 0, with or without separators: 1_000_000, 1e6."""
     return _whole(text, 0)
+
+
+def _share(text: str) -> float:
+    """A number above 0 and up to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number above 0 and up to 1, not {text}")
+    return value
 
 
 def _whole(text: str, at_least: int) -> int:

@@ -57,7 +57,7 @@ class PredictorConfig(Section):
     profile: str | None = None
     host: HostConfig | None = None
     cuda_graphs: Annotated[int, BeforeValidator(whole_number), Field(ge=0, le=65536)] = 0
-    factors: dict[str, Positive] = Field(default_factory=dict)
+    factors: dict[str, NotNegative] = Field(default_factory=dict)
 
 
 class DecodeConfig(Section):

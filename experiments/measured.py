@@ -8,13 +8,14 @@ A run is a folder. Its requests are in a CSV file whose name ends in `requests.c
                  peer_ttft_s, …: what another simulator predicted (casys-kaist/LLMServingSim)
 
 Latencies of the benchmark form count from the moment at which the engine took notice of a request. A log of
-iterations is a file whose name begins with `iterations`, one line a forward pass, in order.
+iterations is a file whose name begins with `iterations`, one line a forward pass, in order; tokens generated
+in each second (t, gen_throughput) are in one whose name ends in `timeseries.csv`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,14 @@ class Iterations:
 
 
 @dataclass(frozen=True, slots=True)
+class Throughput:
+    """Tokens ``generated`` in each second, the second that ends at ``end_s`` after the run began."""
+
+    end_s: FloatArray
+    generated: FloatArray
+
+
+@dataclass(frozen=True, slots=True)
 class MeasuredRun:
     """A measured run.
 
@@ -84,6 +93,7 @@ class MeasuredRun:
             not from its arrival.
         makespan_s: from the first request's arrival to the last token of all; None if it isn't known.
         iterations: the log, if there is one.
+        throughput: tokens a second, if they were noted.
     """
 
     folder: Path
@@ -94,6 +104,7 @@ class MeasuredRun:
     makespan_s: float | None
     peer_s: Mapping[str, FloatArray] = field(default_factory=dict)
     iterations: Iterations | None = None
+    throughput: Throughput | None = None
 
 
 def find_requests(folder: Path) -> Path | None:
@@ -130,8 +141,12 @@ def read_measured(folder: Path) -> MeasuredRun:
     logs = sorted(folder.glob("iterations*.csv*"))
     if len(logs) > 1:
         raise InputError(f"{folder}: more than one log of iterations: {', '.join(log.name for log in logs)}")
-    fields = {name: getattr(run, name) for name in MeasuredRun.__dataclass_fields__}
-    return MeasuredRun(**{**fields, "iterations": read_iterations(logs[0]) if logs else None})
+    series = sorted(folder.glob("*timeseries.csv*"))
+    throughput = None
+    if len(series) == 1:
+        rates = read_csv(series[0], ("t", "gen_throughput"))
+        throughput = Throughput(rates.numbers("t"), rates.numbers("gen_throughput"))
+    return replace(run, iterations=read_iterations(logs[0]) if logs else None, throughput=throughput)
 
 
 def read_iterations(path: Path) -> Iterations:

@@ -61,11 +61,12 @@ class LookupKernels(RooflineKernels):
     @property
     def operators(self) -> frozenset[str]:
         if self._passes is not None:
-            return frozenset({"rest_of_layer", "prefill_attention", "decode_attention"})
-        return self.kinds
+            return frozenset({"rest_of_layer", "prefill_attention", "decode_attention", "roofline"})
+        return self.kinds | {"roofline"}
 
     def perturbed(self, factors: Mapping[str, float]) -> LookupKernels:
         other = copy(self)
+        other._factor = factors.get("roofline", self._factor)
         other._factors = {name: factor * self._factors.get(name, 1.0) for name, factor in factors.items()}
         return other
 
@@ -134,7 +135,7 @@ class LookupKernels(RooflineKernels):
     ) -> FloatArray | None:
         if (found := self._mixing.get(heads)) is None:
             return None
-        return found.at(chunk, decodes, mean_context)
+        return found.at(chunk, decodes, mean_context) * self._factors.get("mixed_attention", 1.0)
 
     def spread_s(self, decodes: FloatArray, heads: Heads, *, mixed: bool) -> FloatArray | None:
         found = self._spread.get((heads, mixed))
