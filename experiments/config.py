@@ -274,11 +274,9 @@ class MeasuredTolerance(Section):
     decode: Positive = 0.04
     mixed: Positive = 0.06
     context: Positive = 0.06
-    statistics: Annotated[list[Literal["mean", "p50", "p90", "p99"]], Field(min_length=1)] = [
-        "mean",
-        "p50",
-        "p99",
-    ]
+    statistics: Annotated[list[Literal["mean", "p50", "p90", "p99"]], Field(min_length=1)] = Field(
+        default_factory=lambda: ["mean", "p50", "p99"]
+    )
     segment: str | None = None
     fitted_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
 

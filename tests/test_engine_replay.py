@@ -163,7 +163,10 @@ def test_an_unknown_machine_is_learned_from_half_of_the_requests(tmp_path: Path,
         f"prefill_s: {host.prefill_s}}}",
     )
     compared, _ = replay_engine(learned, run, "test")
-    assert all(abs(row.error) < 0.05 for row in compared.rows if row.statistic != "p99")
+    errors = {(row.metric, row.statistic): abs(row.error) for row in compared.rows}
+    assert max(errors["tpot_s", each] for each in ("mean", "p50", "p90")) < 0.02
+    assert max(errors["e2e_s", each] for each in ("mean", "p50", "p90")) < 0.02
+    assert errors["ttft_s", "mean"] < 0.05  # single ones are a step sooner or later
 
 
 def test_likeness() -> None:
