@@ -27,7 +27,6 @@ from experiments.iteration_log import errors_by_phase, first_of_each, fit_host, 
 from experiments.load import dump_yaml, load_config
 from experiments.measured import FloatArray, MeasuredRun, Throughput, read_measured
 from experiments.text import percent
-from profiler.iteration import IterationModel
 from profiler.overheads import HostOverhead
 from sim.cluster import simulate
 from specs.errors import InputError
@@ -114,7 +113,7 @@ def fit(experiment: Experiment, run: MeasuredRun, share: float) -> Calibration:
         if not len(log):
             raise InputError(f"{run.folder}: the first {percent(share)} of its log holds no iteration")
         host = fit_host(experiment.iteration, log)
-        errors = errors_by_phase(log, predict(_with_host(experiment.iteration, host), log))["all"]
+        errors = errors_by_phase(log, predict(experiment.iteration.with_host(host), log))["all"]
         basis = (
             f"{len(log):,} iterations, the first {percent(share)} of each segment; "
             f"their median error is then {percent(errors.p50)}"
@@ -125,18 +124,8 @@ def fit(experiment: Experiment, run: MeasuredRun, share: float) -> Calibration:
     return _fit_requests(experiment, run, share)
 
 
-def _with_host(cost: IterationModel, host: HostOverhead) -> IterationModel:
-    """The cost model with another host."""
-    from copy import copy
-
-    other = copy(cost)
-    other.host = host
-    other.host_is_unknown = False
-    return other
-
-
 def _simulate(experiment: Experiment, host: HostOverhead) -> RunRecords:
-    setup = replace(experiment.setup, cost=_with_host(experiment.iteration, host))
+    setup = replace(experiment.setup, cost=experiment.iteration.with_host(host))
     return simulate(experiment.workload, setup, step_by_step=True)
 
 
@@ -227,7 +216,7 @@ def _guess(experiment: Experiment, measured: dict[str, FloatArray], factor: floa
 def _parameters(logs: FloatArray, scales: bool) -> tuple[HostOverhead, float]:
     base_s, per_request_s, prefill_s = (float(f"{min(np.exp(x), _MOST_S):.4g}") for x in logs[:3])
     factor = float(f"{np.exp(np.clip(logs[3], -5.0, 8.0)):.4g}") if scales else 1.0
-    return HostOverhead(base_s, per_request_s, "measured", prefill_s), factor
+    return HostOverhead(base_s, per_request_s, prefill_s=prefill_s, source="measured"), factor
 
 
 def _with_factor(experiment: Experiment, operator: str, factor: float) -> Experiment:

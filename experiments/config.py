@@ -27,7 +27,9 @@ _ELASTIC = ElasticSettings()
 
 
 Dtype = Literal["bf16", "fp8", "fp32"]
+Statistic = Literal["mean", "p50", "p90", "p99"]
 Latency = Literal["ttft_s", "tpot_s", "tbt_s", "e2e_s"]
+_JUDGED_STATISTICS: tuple[Statistic, ...] = ("mean", "p50", "p99")
 _JUDGED: tuple[Latency, ...] = ("ttft_s", "tpot_s")
 MAX_CASES = 1000
 NOT_VARIED = ("name", "sweep", "plan", "capacity")  # by a sweep, a case or a policy
@@ -274,8 +276,8 @@ class MeasuredTolerance(Section):
     decode: Positive = 0.04
     mixed: Positive = 0.06
     context: Positive = 0.06
-    statistics: Annotated[list[Literal["mean", "p50", "p90", "p99"]], Field(min_length=1)] = Field(
-        default_factory=lambda: ["mean", "p50", "p99"]
+    statistics: Annotated[list[Statistic], Field(min_length=1)] = Field(
+        default_factory=lambda: list(_JUDGED_STATISTICS)
     )
     segment: str | None = None
     fitted_share: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -69,8 +69,7 @@ def errors_by_phase(iterations: Iterations, predicted_s: FloatArray) -> dict[str
 def fit_host(cost: IterationModel, iterations: Iterations) -> HostOverhead:
     """The host's time that brings predictions nearest to the log: the least sum of relative errors, with no
     coefficient below 0. What ``cost`` says of the host is left out."""
-    host = cost.host
-    without = predict(cost, iterations) - _host_s(host, iterations)
+    without = predict(cost.with_host(HostOverhead()), iterations)
     requests = iterations.prefills + iterations.decodes
     prefill = (iterations.prefill_tokens > iterations.prefills).astype(np.float64)
     design = np.stack([np.ones_like(requests), requests, prefill], axis=1) / iterations.time_s[:, None]
@@ -82,13 +81,7 @@ def fit_host(cost: IterationModel, iterations: Iterations) -> HostOverhead:
         found, _ = nnls(design * root[:, None], target * root)
         weight = 1.0 / np.maximum(np.abs(target - design @ found), _SMALLEST)
     base_s, per_request_s, prefill_s = (float(f"{value:.4g}") for value in found)
-    return HostOverhead(base_s, per_request_s, "measured", prefill_s)
-
-
-def _host_s(host: HostOverhead, iterations: Iterations) -> FloatArray:
-    prefill = iterations.prefill_tokens > iterations.prefills
-    requests = iterations.prefills + iterations.decodes
-    return host.base_s + host.per_request_s * requests + host.prefill_s * prefill
+    return HostOverhead(base_s, per_request_s, prefill_s=prefill_s, source="measured")
 
 
 def similarity(measured: Mapping[str, FloatArray], simulated: Mapping[str, FloatArray]) -> dict[str, float]:

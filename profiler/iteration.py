@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 
 import numpy as np
 from numpy.typing import NDArray
@@ -161,6 +162,13 @@ class IterationModel:
         host = None if self.host_is_unknown else self.host
         graphs = self._graph_tokens
         return type(self)(self.model, kernels, self.parallel, host=host, graph_tokens=graphs, **self._limits)
+
+    def with_host(self, host: HostOverhead) -> IterationModel:
+        """The same with another host."""
+        other = copy(self)
+        other.host, other.host_is_unknown = host, False
+        other._host_table = [host.decodes_s(n, self._ranks) for n in range(len(self._host_table))]
+        return other
 
     # -- what a simulator asks besides ------------------------------------------------------------------
 

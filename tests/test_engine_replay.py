@@ -113,17 +113,15 @@ def log_of(experiment: Experiment, host: HostOverhead, count: int = 300) -> Iter
         time_s=zeros,
         segment=np.array(["a"] * (count // 2) + ["b"] * (count - count // 2)),
     )
-    cost = experiment.iteration
-    cost.host = host
-    return replace(log, time_s=predict(cost, log))
+    return replace(log, time_s=predict(experiment.iteration.with_host(host), log))
 
 
 def test_the_host_is_found_in_a_log(config: Path) -> None:
     experiment = experiment_of(config)
-    truth = HostOverhead(4e-4, 3e-5, "assumed", 2e-3)
+    truth = HostOverhead(4e-4, 3e-5, prefill_s=2e-3)
     log = log_of(experiment, truth)
-    experiment.iteration.host = HostOverhead(5e-3, 0.0)  # what is believed doesn't matter
-    found = fit_host(experiment.iteration, log.take(first_of_each(log, 0.5)))
+    wrong = experiment.iteration.with_host(HostOverhead(5e-3))  # what is believed doesn't matter
+    found = fit_host(wrong, log.take(first_of_each(log, 0.5)))
     assert found.base_s == pytest.approx(truth.base_s, rel=0.02)
     assert found.per_request_s == pytest.approx(truth.per_request_s, rel=0.02)
     assert found.prefill_s == pytest.approx(truth.prefill_s, rel=0.02)
