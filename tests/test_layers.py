@@ -92,6 +92,7 @@ def test_base_rooms_import_only_what_is_installed_with_them() -> None:
             "numpy",
             "pandas",
             "sklearn",
+            "scipy",
             "matplotlib",
             "yaml",
             "pydantic",
