@@ -130,6 +130,22 @@ def _sweep(options: argparse.Namespace) -> int:
     )
 
 
+def _capacity(options: argparse.Namespace) -> int:
+    from experiments.capacity import CapacityOptions, capacity
+
+    return capacity(
+        CapacityOptions(
+            config=Path(options.config),
+            overrides=options.set,
+            out=options.out,
+            jobs=options.jobs,
+            backend=options.backend,
+            plots=not options.no_plots,
+            quiet=options.quiet,
+        )
+    )
+
+
 def _paper(options: argparse.Namespace) -> int:
     from experiments.paper.command import PaperOptions, paper
 
@@ -259,6 +275,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_sweep(commands.add_parser("sweep", help="simulate a grid of configurations, resumable"))
     _add_paper(commands.add_parser("paper", help="compute the figures of Medha's paper, resumable"))
     _add_plan(commands.add_parser("plan", help="search the cheapest deployment that holds the SLOs"))
+    _add_capacity(commands.add_parser("capacity", help="search the highest load at which the SLOs hold"))
     _add_predict(commands.add_parser("predict", help="predict one iteration, operator by operator"))
     _add_profile(commands.add_parser("profile", help="measure kernel times on the device that is here"))
     _add_train(commands.add_parser("train", help="fit predictors to a profile, show held-out errors"))
@@ -365,6 +382,18 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     _add_store(parser, "plan")
     parser.add_argument("--no-plots", action="store_true", help="leave the plots out")
     parser.set_defaults(run=_plan)
+
+
+def _add_capacity(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Searches the highest load at which the SLOs hold, by bisection, with as many seeds at each load as it "
+        "takes to be sure; for each combination under `sweep`, if there is one. Writes capacity.json, "
+        "capacity.csv and report.html. Started again on the same folder, it goes on."
+    )
+    parser.epilog = "Exit status: 0, 1 if one holds at no load, 2 bad input, 130 stopped by Ctrl-C."
+    _add_store(parser, "capacity")
+    parser.add_argument("--no-plots", action="store_true", help="leave the plots out")
+    parser.set_defaults(run=_capacity)
 
 
 def _add_store(parser: argparse.ArgumentParser, kind: str) -> None:

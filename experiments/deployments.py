@@ -177,6 +177,12 @@ def at_load(config: Config, load: float) -> dict[str, Any]:
     return {"workload.arrivals.rate_rps": arrivals["rate_rps"] * load}
 
 
+def is_random(config: Config) -> bool:
+    """Whether another seed makes another run: not for a trace at its own times."""
+    drawn = "distribution" in config.workload.lengths or config.scheduler.router == "random"
+    return drawn or config.workload.arrivals.get("process") in ("poisson", "gamma")
+
+
 def _deployment(
     device: str,
     parallel: ParallelSpec,

@@ -13,7 +13,7 @@ from experiments.bounds import Demand, demand
 from experiments.build import errors_from
 from experiments.capacity_search import Capacity, find_capacity
 from experiments.config import Config
-from experiments.deployments import Deployment, at_load, cell_of, deployments
+from experiments.deployments import Deployment, at_load, cell_of, deployments, is_random
 from experiments.laboratory import Laboratory
 from experiments.load import dump_yaml, load_config
 from experiments.plan_config import CapacityConfig, PlanConfig
@@ -146,12 +146,6 @@ class _Planner:
             return self.laboratory.summaries(cells, f"headroom: {load:g} × traffic")
 
         return find_capacity(measure, worst_attainment, settings, random=self.random, max_load=_MOST_HEADROOM)
-
-
-def is_random(config: Config) -> bool:
-    """Whether another seed makes another run: not for a trace at its own times."""
-    drawn = "distribution" in config.workload.lengths or config.scheduler.router == "random"
-    return drawn or config.workload.arrivals.get("process") in ("poisson", "gamma")
 
 
 def _failed(deployment: Deployment, found: Findings) -> bool:
