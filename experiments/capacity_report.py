@@ -54,7 +54,7 @@ def write_report(
 
 def _explanation(settings: CapacityConfig) -> str:
     return (
-        f"A load counts as surely holding or failing where the {percent(settings.confidence)} interval of the "
+        f"A load surely holds or fails where the {percent(settings.confidence)} interval of the "
         f"mean attainment over {settings.min_seeds} to {settings.max_seeds} seeds lies on one side of "
         f"{percent(settings.attainment)}. A trace at its own times is the same whatever the seed: one run."
     )

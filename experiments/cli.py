@@ -386,8 +386,8 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 
 def _add_capacity(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Searches the highest load at which the SLOs hold, by bisection, with as many seeds at each load as it "
-        "takes to be sure; for each combination under `sweep`, if there is one. Writes capacity.json, "
+        "Searches the highest load at which the SLOs hold, by bisection, with as many seeds at each load as "
+        "it takes to be sure; for each combination under `sweep`, if there is one. Writes capacity.json, "
         "capacity.csv and report.html. Started again on the same folder, it goes on."
     )
     parser.epilog = "Exit status: 0, 1 if one holds at no load, 2 bad input, 130 stopped by Ctrl-C."
