@@ -125,6 +125,7 @@ def _sweep(options: argparse.Namespace) -> int:
             out=options.out,
             jobs=options.jobs,
             backend=options.backend,
+            plots=not options.no_plots,
             quiet=options.quiet,
         )
     )
@@ -144,6 +145,13 @@ def _capacity(options: argparse.Namespace) -> int:
             quiet=options.quiet,
         )
     )
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from experiments.compare import compare
+
+    first, second = Path(options.first), Path(options.second)
+    return compare(first, second, options.out, plots=not options.no_plots, quiet=options.quiet)
 
 
 def _paper(options: argparse.Namespace) -> int:
@@ -276,6 +284,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_paper(commands.add_parser("paper", help="compute the figures of Medha's paper, resumable"))
     _add_plan(commands.add_parser("plan", help="search the cheapest deployment that holds the SLOs"))
     _add_capacity(commands.add_parser("capacity", help="search the highest load at which the SLOs hold"))
+    _add_compare(commands.add_parser("compare", help="compare two runs, metric by metric"))
     _add_predict(commands.add_parser("predict", help="predict one iteration, operator by operator"))
     _add_profile(commands.add_parser("profile", help="measure kernel times on the device that is here"))
     _add_train(commands.add_parser("train", help="fit predictors to a profile, show held-out errors"))
@@ -366,7 +375,8 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
 def _add_sweep(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Simulates every combination of the values under `sweep` and writes results.csv and results.parquet, "
-        "one row each. What has finished is kept: started again on the same folder, only the rest is done."
+        "one row each, and report.html. What has finished is kept: started again on the same folder, only "
+        "the rest is done."
     )
     _add_store(parser, "sweep")
     parser.set_defaults(run=_sweep)
@@ -380,7 +390,6 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = "Exit status: 0, 1 if no deployment holds, 2 bad input, 130 stopped by Ctrl-C."
     _add_store(parser, "plan")
-    parser.add_argument("--no-plots", action="store_true", help="leave the plots out")
     parser.set_defaults(run=_plan)
 
 
@@ -392,8 +401,17 @@ def _add_capacity(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = "Exit status: 0, 1 if one holds at no load, 2 bad input, 130 stopped by Ctrl-C."
     _add_store(parser, "capacity")
-    parser.add_argument("--no-plots", action="store_true", help="leave the plots out")
     parser.set_defaults(run=_capacity)
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Compares two folders of `convoy run` or `convoy live`: metrics, CDFs, changes."
+    parser.add_argument("first", metavar="A", help="a run's folder")
+    parser.add_argument("second", metavar="B", help="another's")
+    parser.add_argument("--out", metavar="DIR", help="where the report goes; default out/A-against-B")
+    parser.add_argument("--no-plots", action="store_true", help="leave the plots out")
+    parser.add_argument("--quiet", action="store_true", help="no table")
+    parser.set_defaults(run=_compare)
 
 
 def _add_store(parser: argparse.ArgumentParser, kind: str) -> None:
@@ -407,6 +425,7 @@ def _add_store(parser: argparse.ArgumentParser, kind: str) -> None:
     parser.add_argument(
         "--backend", choices=("loky", "ray"), default="loky", help="on this machine, or on a Ray cluster"
     )
+    parser.add_argument("--no-plots", action="store_true", help="leave the plots out")
     parser.add_argument("--quiet", action="store_true", help="no progress, no table")
 
 

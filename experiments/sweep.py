@@ -36,6 +36,7 @@ class SweepOptions:
     out: str | None = None
     jobs: int | None = None
     backend: str = "loky"
+    plots: bool = True
     quiet: bool = False
 
 
@@ -68,6 +69,9 @@ def sweep(options: SweepOptions) -> int:
             interrupted = True
     rows = table(folder, grid, failures)
     _write_results(folder, rows)
+    from experiments.sweep_report import write_report
+
+    write_report(rows, list(grid[0].changes), config.name, dump_yaml(config), folder, plots=options.plots)
     if not options.quiet:
         _print(rows, grid, folder)
     if interrupted:
@@ -140,7 +144,8 @@ def _print(rows: Sequence[Mapping[str, Any]], grid: Sequence[Cell], folder: Path
         print(f"failed: {_name(row, keys)}: {row['error']}")
     done = sum(row["status"] == "finished" for row in rows)
     print(
-        f"{done:,} of {len(rows):,} cells finished, {len(failed):,} failed. Results: {folder / 'results.csv'}"
+        f"{done:,} of {len(rows):,} cells finished, {len(failed):,} failed. "
+        f"Results: {folder / 'results.csv'}, report: {folder / 'report.html'}"
     )
 
 
