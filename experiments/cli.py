@@ -184,6 +184,23 @@ def _plan(options: argparse.Namespace) -> int:
     )
 
 
+def _measure(options: argparse.Namespace) -> int:
+    from experiments.measure import MeasureOptions, measure
+
+    return measure(
+        MeasureOptions(
+            config=Path(options.config),
+            endpoint=options.endpoint,
+            model=options.model,
+            key=os.environ.get("OPENAI_API_KEY"),
+            overrides=options.set,
+            out=options.out,
+            force=options.force,
+            quiet=options.quiet,
+        )
+    )
+
+
 def _calibrate(options: argparse.Namespace) -> int:
     from experiments.calibrate import CalibrateOptions, calibrate
 
@@ -279,6 +296,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands.add_parser("run", help="simulate a configuration"))
     _add_live(commands.add_parser("live", help="serve a configuration on the live runtime"))
     _add_validate(commands.add_parser("validate", help="compare a simulation with live runs, rung by rung"))
+    _add_measure(commands.add_parser("measure", help="send a configuration's workload to a running server"))
     _add_calibrate(commands.add_parser("calibrate", help="fit the host's time to a measured run"))
     _add_sweep(commands.add_parser("sweep", help="simulate a grid of configurations, resumable"))
     _add_paper(commands.add_parser("paper", help="compute the figures of Medha's paper, resumable"))
@@ -351,6 +369,24 @@ def _add_validate(parser: argparse.ArgumentParser) -> None:
         "--replay", metavar="DIR", help="runs that are on disk already: run nothing, compare with them"
     )
     parser.set_defaults(run=_validate)
+
+
+def _add_measure(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Sends a configuration's workload to a server with an OpenAI-compatible API, streaming, by the wall "
+        "clock, and writes requests.csv, summary.json and config.yaml: what `convoy validate --replay` and "
+        "`convoy calibrate` read. A key is taken from OPENAI_API_KEY. Ctrl-C keeps what has finished."
+    )
+    parser.add_argument("--endpoint", required=True, metavar="URL", help="such as http://localhost:8000")
+    parser.add_argument("--config", required=True, metavar="CONFIG.yaml", help="what to send")
+    parser.add_argument("--model", metavar="NAME", help="as the server calls it; default: the only one")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY.PATH=VALUE", help=f"change a key: {_CONFIG_HELP}"
+    )
+    parser.add_argument("--out", metavar="DIR", help="where results go; default out/NAME.measured")
+    parser.add_argument("--force", action="store_true", help="let --out replace an earlier run")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
+    parser.set_defaults(run=_measure)
 
 
 def _add_calibrate(parser: argparse.ArgumentParser) -> None:
