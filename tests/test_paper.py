@@ -43,7 +43,7 @@ def test_every_figure_has_cells_that_can_be_computed(name: str) -> None:
 def test_claims_are_all_there_and_name_figures_that_exist() -> None:
     assert list(CLAIMS) == [f"P{i}" for i in range(1, 19)]
     names = {name for claim in CLAIMS.values() for name in claim.figures.split(", ")}
-    assert names - {"section 4.1", "14"} <= set(figure_names())
+    assert names - {"section 4.1"} <= set(figure_names())
 
 
 def test_mixtures_have_the_statistics_of_the_traces_they_stand_in_for() -> None:

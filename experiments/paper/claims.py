@@ -197,6 +197,8 @@ def _p14(figures: Figures) -> Found:
         f"TPOT {seconds(tpot[0])} → {seconds(tpot[1])} ({number(tpot[0] / tpot[1])}×), "
         f"median TTFT {seconds(ttft[0])} → {seconds(ttft[1])}"
     )
+    alone = [figures["11b"].get("tpot_s.max", system=system) for system in (flat, deep)]
+    text += f"; alone {seconds(alone[0])} → {seconds(alone[1])} ({number(alone[0] / alone[1])}×)"
     return Found(text, tpot[0] / tpot[1] / 2)
 
 

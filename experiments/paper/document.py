@@ -10,7 +10,7 @@ from experiments.paper.claims import compare, load_claims
 from experiments.paper.results import NotThere, Results, value
 from experiments.text import number, seconds
 
-_LOAD_FIGURES = ("1a", "1b", "9", "11", "13", "14", "rules")
+_LOAD_FIGURES = ("1a", "1b", "9", "11", "13", "14", "rules", "admission")
 _COLUMNS = (
     ("finished", "finished", str),
     ("of", "requests", str),

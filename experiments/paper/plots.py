@@ -83,6 +83,10 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel("ttft_all_s.p50", f"median TTFT\n{_ALL}", "rate_rps", _LOAD),
         Panel("ttft_all_s.p90", f"p90 TTFT\n{_ALL}", "rate_rps", _LOAD),
     ),
+    "11b": (
+        Panel("ttft_s.max", "prefill of 2M tokens (s)", "system", "", log_y=False),
+        Panel("tpot_s.max", "time per output token (s)", "system", "", log_y=False),
+    ),
     "12": (
         Panel("tpot_finished_s.p50", "median TPOT (s)", "rate_rps", _LOAD),
         Panel("tbt_s.p99", "p99 gap (s)", "rate_rps", _LOAD),
@@ -94,6 +98,10 @@ PANELS: dict[str, tuple[Panel, ...]] = {
     "rules": (
         Panel("ttft_all_s.p50", f"median TTFT\n{_ALL}", "rate_rps", _LOAD),
         Panel("short.ttft_all_s.p90", f"p90 TTFT, short\n{_ALL}", "rate_rps", _LOAD),
+    ),
+    "admission": (
+        Panel("ttft_all_s.p50", f"median TTFT\n{_ALL}", "priority", "order"),
+        Panel("short.ttft_all_s.p90", f"p90 TTFT, short\n{_ALL}", "priority", "order"),
     ),
     "14": (
         Panel("short.ttft_all_s.p50", f"median TTFT, short\n{_ALL}", "rate_rps", _LOAD),
