@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format paper bench clean
 
 demo: .venv/installed
 	$(BIN)/convoy run experiments/quickstart.yaml --out out/quickstart --force
@@ -19,6 +19,9 @@ lint: .venv/installed-for-tests
 format: .venv/installed-for-tests
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+paper: .venv/installed
+	$(BIN)/convoy paper --out out/paper --doc docs/paper.md
 
 bench: .venv/installed-for-tests
 	$(BIN)/python -m experiments.bench

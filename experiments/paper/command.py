@@ -51,6 +51,8 @@ def paper(options: PaperOptions) -> int:
         InputError: an unknown figure, or a folder that can't be written to; nothing has been started.
     """
     figures = [load_figure(name) for name in _chosen(options.only)]
+    if options.document and not Path(options.document).absolute().parent.is_dir():
+        raise InputError(f"--doc {options.document}: there is no folder {Path(options.document).parent}")
     folder = _folder(options.out)
     unique = {cell.id: cell for figure in figures for cell in figure.cells}
     todo = [cell for cell in unique.values() if not result_file(folder, cell.id).is_file()]
@@ -91,14 +93,15 @@ def _show(results: dict[str, Results], folder: Path, options: PaperOptions) -> N
     for name, each in results.items():
         if image := draw(each):
             (folder / f"fig{name}.png").write_bytes(image)
-    text = document(results)
-    files = [folder / "paper.md", *([Path(options.document)] if options.document else [])]
-    for file in files:
-        write_text(file, text)
+    last = folder / "paper.md"
+    write_text(last, document(results, plots=True))
+    if options.document:
+        last = Path(options.document)
+        write_text(last, document(results))
     if not options.quiet:
         cells = [summary for each in results.values() for summary in each.summaries]
         done = sum(summary is not None for summary in cells)
-        print(f"{done:,} of {len(cells):,} cells. Plots: {folder}/fig*.png. Table: {files[-1]}")
+        print(f"{done:,} of {len(cells):,} cells. Plots: {folder}/fig*.png. Table: {last}")
 
 
 def _chosen(only: Sequence[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from experiments.grid import code_version
@@ -10,26 +10,29 @@ from experiments.paper.claims import compare, load_claims
 from experiments.paper.results import NotThere, Results, value
 from experiments.text import number, seconds
 
-_LOAD_FIGURES = ("1a", "1b", "9", "11", "13", "14", "rules", "admission")
-_COLUMNS = (
+_LOAD_FIGURES = ("1a", "1b", "9", "11", "13", "14", "rules", "admission", "lockstep")
+_SAME_RUNS = ("10", "12")  # plots of what figures 9 and 11 have tables of
+_COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("finished", "finished", str),
     ("of", "requests", str),
+    ("rejected", "num_rejected", str),
     ("TTFT p50, finished", "ttft_finished_s.p50", seconds),
-    ("p90", "ttft_finished_s.p90", seconds),
+    ("p90, finished", "ttft_finished_s.p90", seconds),
     ("TTFT p50, all", "ttft_all_s.p50", seconds),
-    ("p90", "ttft_all_s.p90", seconds),
+    ("p90, all", "ttft_all_s.p90", seconds),
     ("short p50", "short.ttft_all_s.p50", seconds),
-    ("p90", "short.ttft_all_s.p90", seconds),
+    ("short p90", "short.ttft_all_s.p90", seconds),
     ("long finished", "long.finished", str),
-    ("of", "long.requests", str),
+    ("long", "long.requests", str),
     ("TPOT p50", "tpot_finished_s.p50", seconds),
     ("gap p99", "tbt_s.p99", seconds),
 )
 
 
-def document(figures: Mapping[str, Results]) -> str:
-    """The whole document, in Markdown."""
-    return "\n".join([*_head(figures), *_claims(figures), *_loads(figures), *_closed_forms(figures)]) + "\n"
+def document(figures: Mapping[str, Results], *, plots: bool = False) -> str:
+    """The whole document, in Markdown; with the ``plots`` if they lie beside it."""
+    parts = (_head(figures), _claims(figures), _loads(figures, plots), _closed_forms(figures, plots))
+    return "\n".join(line for part in parts for line in part) + "\n"
 
 
 _HEAD = """\
@@ -73,56 +76,57 @@ def _claims(figures: Mapping[str, Results]) -> Iterator[str]:
     yield ""
 
 
-def _loads(figures: Mapping[str, Results]) -> Iterator[str]:
+def _loads(figures: Mapping[str, Results], plots: bool) -> Iterator[str]:
     yield _UNDER_LOAD
-    for name in _LOAD_FIGURES:
-        if name in figures and any(figures[name].summaries):
-            yield from _load_table(figures[name])
+    for name, results in figures.items():
+        if name in _LOAD_FIGURES and any(results.summaries):
+            columns = {title: (path, show) for title, path, show in _COLUMNS}
+            yield from _section(results, columns, plots)
+        elif name in _SAME_RUNS and plots and any(results.summaries):
+            yield from _section(results, {}, plots)
 
 
-def _load_table(results: Results) -> Iterator[str]:
-    axes = list(results.cells()[0][0])
-    header = [*axes, *(title for title, _, _ in _COLUMNS)]
-    yield f"**{results.figure.title}**: {results.figure.shows}"
-    yield ""
-    yield "| " + " | ".join(header) + " |"
-    yield "|" + "---|" * len(axes) + "---:|" * len(_COLUMNS)
-    for labels, summary in results.cells():
-        if summary is not None:
-            texts = [_text(summary, path, show) for _, path, show in _COLUMNS]
-            yield "| " + " | ".join([*map(str, labels.values()), *texts]) + " |"
-    yield ""
-
-
-def _closed_forms(figures: Mapping[str, Results]) -> Iterator[str]:
+def _closed_forms(figures: Mapping[str, Results], plots: bool) -> Iterator[str]:
     from experiments.paper.plots import PANELS
 
     yield "## One request at a time"
     yield ""
     for name, results in figures.items():
-        if name in _LOAD_FIGURES or name in ("10", "12") or not any(results.summaries):
+        if name in (*_LOAD_FIGURES, *_SAME_RUNS) or not any(results.summaries):
             continue
-        yield f"**{results.figure.title}**: {results.figure.shows}"
-        yield ""
-        panels = [panel for panel in PANELS.get(name, ()) if isinstance(panel.y, str)]
-        columns = {str(panel.y): panel.label.replace("\n", " ") for panel in panels}
-        columns |= {panel.x: panel.x_label for panel in panels if "." in panel.x}
+        columns: dict[str, tuple[str, Callable[[Any], str]]] = {}
+        for panel in PANELS.get(name, ()):
+            for path, label in ((panel.y, panel.label), (panel.x, panel.x_label)):
+                if isinstance(path, str) and path not in results.cells()[0][0]:
+                    columns[label.replace("\n", " ")] = (path, number)
         if name == "3b":
-            columns = {"attention_s": "attention (s)", "total_s": "iteration (s)"}
-        axes = list(results.cells()[0][0])
-        if not columns or not axes:
-            continue
-        yield "| " + " | ".join([*axes, *columns.values()]) + " |"
+            columns = {"attention (s)": ("attention_s", number), "iteration (s)": ("total_s", number)}
+        if columns or plots:
+            yield from _section(results, columns, plots)
+
+
+def _section(
+    results: Results, columns: Mapping[str, tuple[str, Callable[[Any], str]]], plots: bool
+) -> Iterator[str]:
+    """A figure's title, its cells as a table if there are ``columns``, and its plot."""
+    figure, axes = results.figure, list(results.cells()[0][0])
+    yield f"**{figure.title}**: {figure.shows}"
+    yield ""
+    if columns:
+        yield "| " + " | ".join([*axes, *columns]) + " |"
         yield "|" + "---|" * len(axes) + "---:|" * len(columns)
         for labels, summary in results.cells():
             if summary is not None:
-                texts = [_text(summary, path, number) for path in columns]
+                texts = [_text(summary, path, show) for path, show in columns.values()]
                 yield "| " + " | ".join([*map(str, labels.values()), *texts]) + " |"
+        yield ""
+    if plots:
+        yield f"![{figure.title}](fig{figure.name}.png)"
         yield ""
 
 
-def _text(summary: Mapping[str, Any], path: str, show: Any) -> str:
+def _text(summary: Mapping[str, Any], path: str, show: Callable[[Any], str]) -> str:
     try:
-        return str(show(value(summary, path)))
+        return show(value(summary, path))
     except NotThere:
         return ""

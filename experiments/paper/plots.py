@@ -99,6 +99,10 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel("ttft_all_s.p50", f"median TTFT\n{_ALL}", "rate_rps", _LOAD),
         Panel("short.ttft_all_s.p90", f"p90 TTFT, short\n{_ALL}", "rate_rps", _LOAD),
     ),
+    "lockstep": (
+        Panel("ttft_all_s.p50", f"median TTFT\n{_ALL}", "chunks", "chunks", log_y=False),
+        Panel("tbt_s.p99", "p99 gap (s)", "chunks", "chunks", log_y=False),
+    ),
     "admission": (
         Panel("ttft_all_s.p50", f"median TTFT\n{_ALL}", "priority", "order"),
         Panel("short.ttft_all_s.p90", f"p90 TTFT, short\n{_ALL}", "priority", "order"),
