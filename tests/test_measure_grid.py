@@ -46,6 +46,8 @@ def test_host_points_have_chunks_and_ranks_that_the_model_can_be_cut_for() -> No
     }
     alone = Grid(MODEL, CPU, "fp32", dataclasses.replace(LIMITS, tps=(1,)))
     assert {point["ranks"] for point in alone.candidates()["host"]} == {1}
+    quick = Grid(MODEL, CPU, "fp32", dataclasses.replace(LIMITS, is_quick=True))
+    assert {(p["chunk"], p["ranks"]) for p in quick.candidates()["host"]} == {(0, 1), (64, 1), (256, 1)}
 
 
 def test_every_prefix_of_the_coarse_grid_covers_the_range() -> None:

@@ -130,6 +130,7 @@ def set_up(options: MeasureOptions) -> SetUp:
         point_s=budget_s / (1500 if is_cpu else 150),
         kv_bytes=int(_free_bytes(device) * MEMORY_SHARE[device.type]),
         ranks=possible_ranks(device),
+        is_quick=options.quick,
     )
     for name in options.only:
         if name not in OPERATORS:

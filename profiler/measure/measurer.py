@@ -19,7 +19,7 @@ from specs.devices import DeviceSpec
 from specs.errors import InputError
 from specs.models import ModelSpec
 
-COLLECTIVE_VISITS = 4  # times as long as others: their times scatter most
+COLLECTIVE_VISITS = 2  # times as long as others: their times scatter most
 HOST_VISITS = 6
 
 
