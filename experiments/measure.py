@@ -24,12 +24,13 @@ from experiments.output import choose_folder, writing
 from experiments.terminal import progress_bar
 from experiments.text import number, seconds
 from specs.errors import InputError
+from specs.models import get_model
 from traces.build import build_workload
 from traces.metrics import describe_values
 from traces.synthesis import ClosedLoop, stream
 from traces.workload import PrefixBlocks, Workload
 
-_FIRST_ID, _IDS = 1000, 20_000  # token ids of prompts: plain ones in any vocabulary of a served model
+_SPECIAL = 8  # of a vocabulary's first ids one in so many is left out: those with a meaning of their own
 _LATE_S = 0.05  # behind its time, from which a request makes the client's slowness worth saying
 _COLUMNS = (
     "request_id",
@@ -92,24 +93,25 @@ def measure(options: MeasureOptions) -> int:
     return 1 if summary["num_failed"] else 0
 
 
-def prompts_of(workload: Workload, seed: int) -> Callable[[int], list[int]]:
+def prompts_of(workload: Workload, seed: int, vocabulary: int) -> Callable[[int], list[int]]:
     """Token ids of each request's prompt: alike where prefix blocks are, else drawn anew."""
     prefix, lengths = workload.prefix, workload.prompt_tokens
+    ids = vocabulary // _SPECIAL, vocabulary
 
     def prompt(index: int) -> list[int]:
         length = int(lengths[index])
-        shared = _shared(prefix, index, seed)[:length] if prefix is not None else []
-        own = stream(seed, f"prompt {index}").integers(_FIRST_ID, _FIRST_ID + _IDS, length - len(shared))
+        shared = _shared(prefix, index, seed, ids)[:length] if prefix is not None else []
+        own = stream(seed, f"prompt {index}").integers(*ids, length - len(shared))
         return shared + [int(each) for each in own]
 
     return prompt
 
 
-def _shared(prefix: PrefixBlocks, index: int, seed: int) -> list[int]:
+def _shared(prefix: PrefixBlocks, index: int, seed: int, ids: tuple[int, int]) -> list[int]:
     found: list[int] = []
     for block in prefix.row(index).tolist():
         rng = stream(seed, f"block {block}")
-        found += rng.integers(_FIRST_ID, _FIRST_ID + _IDS, prefix.block_tokens).tolist()
+        found += rng.integers(*ids, prefix.block_tokens).tolist()
     return found
 
 
@@ -125,7 +127,8 @@ def _send_all(
         if bar is not None:
             bar(client.now_s, finished)
 
-    client = Client(server, prompts_of(workload, config.seed), workload.output_tokens.tolist(), done)
+    prompts = prompts_of(workload, config.seed, get_model(config.model).vocab_size)
+    client = Client(server, prompts, workload.output_tokens.tolist(), done)
     if loop is None:
         assert workload.arrival_s is not None
         sending = client.open_loop(workload.arrival_s.tolist())

@@ -205,9 +205,10 @@ def test_bad_addresses_and_models(
 def test_requests_that_share_blocks_share_tokens() -> None:
     prefix = PrefixBlocks(np.array([0, 2, 4]), np.array([5, 6, 5, 7], dtype=np.int32), 4)
     workload = Workload(np.array([10, 7]), np.array([1, 1]), prefix=prefix)
-    one, other = (prompts_of(workload, 3)(index) for index in (0, 1))
+    one, other = (prompts_of(workload, 3, 4096)(index) for index in (0, 1))
     assert (len(one), len(other)) == (10, 7)
     assert one[:4] == other[:4]
     assert one[4:7] != other[4:7]
-    assert prompts_of(workload, 3)(0) == one
-    assert prompts_of(workload, 4)(0) != one
+    assert prompts_of(workload, 3, 4096)(0) == one
+    assert prompts_of(workload, 4, 4096)(0) != one
+    assert all(512 <= each < 4096 for each in one + other)
