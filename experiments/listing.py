@@ -87,9 +87,15 @@ def _policies() -> tuple[Row, Iterable[Row]]:
     rows += [(name, "scheduler.packing", text) for name, text in _PACKING.items()]
     rows += [(name, "scheduler.preset", _PRESETS[name]) for name in PRESETS]
     rows += [(name, "scheduler.router", _first_line(kind)) for name, kind in routers.items()]
+    rows += _SYSTEMS
     return ("policy", "key", "what it does"), rows
 
 
+_SYSTEMS = [
+    ("context parallelism", "parallel.cp", "Ranks in a ring share every prompt (ring or striped attention)."),
+    ("LoongServe", "parallel.elastic", "Each batch of whole prompts gets as many replicas as end it first."),
+    ("disaggregated prefill", "parallel.decode", "Requests decode on replicas of their own."),
+]
 _CHUNKING = {
     "whole": "Whole prompts, as in Orca and early vLLM.",
     "static": "chunk_tokens tokens a batch, decodes included, as in Sarathi.",

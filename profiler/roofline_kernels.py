@@ -8,6 +8,7 @@ from copy import copy
 import numpy as np
 from numpy.typing import ArrayLike
 
+from profiler import between_nodes
 from profiler.estimate import Estimate, FloatArray, broadcast
 from profiler.formulas import make_physics
 from profiler.overheads import HostOverhead, LayerCorrection
@@ -104,7 +105,11 @@ class RooflineKernels:
     def all_reduce(self, num_bytes: ArrayLike, ranks: ArrayLike) -> Estimate:
         num_bytes, ranks = broadcast(num_bytes, ranks)
         if np.any(ranks > self.device.gpus_per_node):
-            return self._ring_between_nodes(num_bytes, ranks)
+            device = self.device
+            return self._roofline(
+                between_nodes.all_reduce_s(num_bytes, ranks, device),
+                between_nodes.floor_s(num_bytes, ranks, device),
+            )
         estimate = self._estimate(self._all_reduce, {"num_bytes": num_bytes, "ranks": ranks})
         alone = ranks <= 1
         return Estimate(
@@ -134,13 +139,6 @@ class RooflineKernels:
 
     def spread_s(self, decodes: FloatArray, heads: tuple[int, int, int], *, mixed: bool) -> FloatArray | None:
         return None
-
-    def _ring_between_nodes(self, num_bytes: FloatArray, ranks: FloatArray) -> Estimate:
-        # A flat ring: 2·(r−1) hops, each link carrying 2·(r−1)/r of the vector; the slowest link counts.
-        link = self.device.inter_node
-        hops = 2.0 * (ranks - 1.0)
-        floor_s = num_bytes * (ranks - 1.0) / ranks / link.bandwidth_bytes_per_s
-        return self._roofline(self.device.kernel_launch_s + hops * link.latency_s + 2.0 * floor_s, floor_s)
 
     def _estimate(self, physics: Physics, shape: Shape) -> Estimate:
         return self._roofline(physics.time_s(shape, physics.defaults()), physics.floor_s(shape))

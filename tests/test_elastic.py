@@ -225,6 +225,18 @@ def test_every_request_finishes_and_no_instance_is_in_two_groups(
 
 # -- as a configuration -------------------------------------------------------------------------------------
 
+EXAMPLES = Path(__file__).parent.parent / "experiments"
+
+
+@pytest.mark.parametrize("overrides", [[], ["parallel.elastic.reserved_replicas=2"]])
+def test_the_example_runs(overrides: list[str]) -> None:
+    path = EXAMPLES / "loongserve.yaml"
+    experiment = build(load_config(path, ["workload.num_requests=60", *overrides]), str(path))
+    assert experiment.gpus == 16
+    records = simulate(experiment.workload, experiment.setup)
+    assert (records.requests["status"] == FINISHED).all()
+
+
 YAML = """
 model: llama-3-8b
 device: a100-80gb-sxm

@@ -365,6 +365,16 @@ def test_a_run_says_where_the_time_went(tmp_path: Path) -> None:
     assert again.parallel.decode == experiment.config.parallel.decode
 
 
+@pytest.mark.parametrize("overrides", [[], ["parallel.replicas=4", "parallel.decode=null"]])
+def test_the_example_runs(overrides: list[str]) -> None:
+    path = Path(__file__).parent.parent / "experiments" / "disaggregated.yaml"
+    experiment = build(load_config(path, ["workload.num_requests=100", *overrides]), str(path))
+    assert experiment.gpus == 4
+    records = simulate(experiment.workload, experiment.setup)
+    assert (records.requests["status"] == FINISHED).all()
+    assert (records.requests["decode_replica"] > 0).any() == (not overrides)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
