@@ -420,6 +420,8 @@ class Config(Section):
                 "parallel.elastic: prefills whole prompts, first come, first served: scheduler.chunking must "
                 f"be whole and .priority fcfs, not {scheduler.chunking} and {scheduler.priority}"
             )
+        if scheduler.kv.prefix_caching:
+            raise ValueError("parallel.elastic: keeps no prefixes; scheduler.kv.prefix_caching must be false")
         if elastic.reserved_replicas >= parallel.replicas:
             raise ValueError(
                 f"parallel.elastic: {elastic.reserved_replicas} reserved replicas leave none of "

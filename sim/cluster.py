@@ -8,7 +8,7 @@ from collections.abc import Callable
 import simpy
 
 from policies.request import Request
-from policies.routers import make_router
+from policies.routers import LeastLoaded, Router, make_router
 from sim.arrivals import ClosedLoopClients, OpenLoop
 from sim.pools import Pools
 from sim.replica import Replica
@@ -45,12 +45,6 @@ class Cluster:
         self._classes: list[int] | None = None if workload.slo_class is None else workload.slo_class.tolist()
         self._prefix = workload.prefix if setup.scheduler.prefix_caching else None
         self._alive: dict[int, Request] = {}
-        self._router = make_router(
-            setup.router,
-            rng=stream(setup.seed, "router"),
-            threshold_tokens=setup.length_threshold_tokens,
-            long_replicas=setup.long_replicas,
-        )
         pools = Pools(
             self.env,
             setup,
@@ -61,6 +55,14 @@ class Cluster:
         )
         self._pools = pools
         self.replicas, self.schedulers = pools.entries, pools.entry_schedulers
+        self._router: Router = LeastLoaded()  # for an elastic pool, which is one for all
+        if setup.elastic is None:
+            self._router = make_router(
+                setup.router,
+                rng=stream(setup.seed, "router"),
+                threshold_tokens=setup.length_threshold_tokens,
+                long_replicas=setup.long_replicas,
+            )
         self._source: OpenLoop | ClosedLoopClients
         if setup.closed_loop is None:
             self._source = OpenLoop(self.env, workload, self._arrived)

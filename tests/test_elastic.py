@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,10 @@ from policies.elastic import ElasticScheduler, ElasticSettings, Group
 from policies.request import Request
 from policies.scheduler import SchedulerSettings
 from profiler.ring import RingModel
-from sim.cluster import Cluster, DecodeSetup, ElasticSetup, Setup, simulate
-from specs import InputError
+from sim.cluster import Cluster, DecodeSetup, ElasticSetup, NetworkSetup, Setup, simulate
+from specs import InputError, ParallelSpec
+from specs.devices import Link
+from specs.topology import layout_of
 from tests.fakes import LinearCost
 from traces.records import FINISHED
 from traces.workload import Workload
@@ -190,6 +193,21 @@ def test_a_request_prefills_on_four_and_decodes_elsewhere() -> None:
     assert records.work.tokens == 8000 + 100 + 10
 
 
+ALONE = layout_of(ParallelSpec(), 2)
+NETWORK = NetworkSetup(Link(1e10, 1e-4), Link(1e9, 1e-3), 2, 1, 1, ALONE, ALONE, 1e5)
+
+
+def test_each_instance_sends_its_share_of_a_cache() -> None:
+    """Four instances in two nodes, one decode replica in the third: 8,000 tokens of 100 kB, a fourth from
+    each, one after the other into the one that decodes, in three pieces each and 1 ms before the first."""
+    what = setup(ElasticSettings(max_cp=4), 4, kv_tokens=10_000, decode_kv=10_000)
+    assert what.decode is not None
+    what = replace(what, decode=replace(what.decode, network=NETWORK))
+    records = simulate(workload([(0.0, 8000, 2)]), what)
+    moved_s = records.requests["transfer_end_s"] - records.requests["transfer_start_s"]
+    assert moved_s == pytest.approx([4 * 1e-3 + 8000 * 1e5 / 1e9])
+
+
 ROW = st.tuples(st.floats(0.0, 1.0), st.integers(1, 900), st.integers(1, 40))
 
 
@@ -199,14 +217,24 @@ ROW = st.tuples(st.floats(0.0, 1.0), st.integers(1, 900), st.integers(1, 40))
     st.integers(1, 4),
     st.integers(0, 2),
     st.sampled_from([1008, 4000]),
+    st.booleans(),
 )
 @settings(max_examples=50, deadline=None)
 def test_every_request_finishes_and_no_instance_is_in_two_groups(
-    rows: list[tuple[float, int, int]], most: int, general: int, reserved: int, kv_tokens: int
+    rows: list[tuple[float, int, int]],
+    most: int,
+    general: int,
+    reserved: int,
+    kv_tokens: int,
+    hidden: bool,
 ) -> None:
     elastic = ElasticSettings(max_cp=most, reserved_replicas=reserved, reserved_below_tokens=300)
     instances = general + reserved
-    cluster = Cluster(workload(rows), setup(elastic, instances, kv_tokens=kv_tokens, decode_kv=1008))
+    what = setup(elastic, instances, kv_tokens=kv_tokens, decode_kv=1008)
+    if not hidden:
+        assert what.decode is not None
+        what = replace(what, decode=replace(what.decode, network=NETWORK), router="length_partitioned")
+    cluster = Cluster(workload(rows), what)
     records = cluster.run()
     assert (records.requests["status"] == FINISHED).all()
     (scheduler,) = cluster.schedulers
@@ -292,6 +320,7 @@ def test_loongserve_from_a_file(tmp_path: Path) -> None:
             "parallel.elastic.reserved_replicas=6",
             r"6 reserved replicas leave none of parallel.replicas \(6\)",
         ),
+        ("scheduler.kv.prefix_caching=true", r"parallel.elastic: keeps no prefixes"),
         ("parallel.elastic.max_cp=0", r"parallel.elastic.max_cp"),
     ],
 )
