@@ -146,9 +146,8 @@ class RingModel(IterationModel):
         is_inter_node: bool | None = None,
         **options: Any,
     ) -> None:
-        self._ranks = parallel.cp
         self.ring = Ring(model, kernels, parallel, is_inter_node)
-        self._together = ShardTimes(model, kernels, parallel, np.array([1.0, 2.0]))
+        self._ring_merges = ShardTimes(model, kernels, parallel, np.array([1.0, 2.0]))
         super().__init__(model, kernels, parallel, **options)
         if is_inter_node is not None:
             self._limits["is_inter_node"] = is_inter_node  # so that a perturbed copy has it as well
@@ -173,7 +172,7 @@ class RingModel(IterationModel):
         return sum(row.time_s for row in self.explain([(tokens, 0)]))
 
     def _tokens_of_rank(self, tokens: int) -> int:
-        return -(-tokens // self._ranks)
+        return -(-tokens // self.ring.ranks)
 
     def _chunk_layers(self, chunk: FloatArray, context: FloatArray) -> tuple[FloatArray, BoolArray]:
         times = self.ring.attention(chunk, context)
@@ -182,11 +181,11 @@ class RingModel(IterationModel):
 
     def _decode_layers(self, decodes: FloatArray, total_context: FloatArray) -> tuple[FloatArray, BoolArray]:
         times_s, extrapolated = super()._decode_layers(decodes, self._context_of_rank(decodes, total_context))
-        merge_s = sum(estimate.time_s for estimate in self._together.merge(decodes, self._ranks))
+        merge_s = sum(estimate.time_s for estimate in self._ring_merges.merge(decodes, self.ring.ranks))
         return times_s + merge_s * self.model.num_layers, extrapolated
 
     def _context_of_rank(self, decodes: FloatArray, total_context: FloatArray) -> FloatArray:
-        return np.maximum(total_context / self._ranks, decodes)
+        return np.maximum(total_context / self.ring.ranks, decodes)
 
     def _attention_operators(
         self, chunks: Sequence[tuple[int, int]], decodes: int, decode_context: int
@@ -203,7 +202,7 @@ class RingModel(IterationModel):
         if decodes:
             count, total = np.array([float(decodes)]), np.array([float(decode_context)])
             yield "decode attention", self._decode_estimate(count, self._context_of_rank(count, total))
-            yield from self._together.named_merges([(decodes, self._ranks)])
+            yield from self._ring_merges.named_merges([(decodes, self.ring.ranks)])
 
 
 def _times(estimate: Estimate, times: int) -> Estimate:

@@ -12,6 +12,7 @@ import pytest
 from experiments.build import build
 from experiments.load import load_config
 from profiler.estimate import Estimate
+from profiler.iteration import IterationModel
 from profiler.kernels import RooflineKernels
 from profiler.ring import Ring, RingModel
 from sim.cluster import simulate
@@ -114,11 +115,19 @@ def test_decodes_are_dealt_out_and_read_a_share_of_the_keys_on_every_rank() -> N
 
 def test_the_rank_that_computes_is_one_of_cp() -> None:
     cost = RingModel(MODEL, RooflineKernels(H100), ParallelSpec(tp=2, cp=4), max_batch_tokens=65536)
-    one = RingModel(MODEL, RooflineKernels(H100), ParallelSpec(tp=2, cp=1), max_batch_tokens=65536)
+    one = IterationModel(MODEL, RooflineKernels(H100), ParallelSpec(tp=2), max_batch_tokens=65536)
     assert cost.tokens_s(40_000, 4, 1) == one.tokens_s(10_000, 1, 1)
     assert cost.tokens_s(9, 9, 9) == one.tokens_s(3, 3, 9)
     (stage_s,) = cost.stage_times_s(40_000, 4, 1, 0.25)
     assert stage_s == pytest.approx(one.tokens_s(10_000, 1, 1) + 0.25)
+    assert cost.tokens_outside_s(40_000, 4, 1) == one.tokens_outside_s(10_000, 1, 1)
+    rows, alone = (
+        {row.name: row.time_s for row in model.explain([(tokens, 0)])}
+        for model, tokens in ((cost, 40_000), (one, 10_000))
+    )
+    shared = rows.keys() & alone.keys()
+    assert len(shared) > 10 and all(rows[name] == alone[name] for name in shared)
+    assert rows["ring attention"] == pytest.approx(4 * alone["prefill attention"])
 
 
 # -- when transfers are hidden ------------------------------------------------------------------------------
