@@ -3,7 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint format paper bench clean
+.PHONY: install demo test lint format paper bench clean
+
+install: .venv/installed
 
 demo: .venv/installed
 	$(BIN)/convoy run experiments/quickstart.yaml --out out/quickstart --force

@@ -143,7 +143,8 @@ def _too_much(config: Config, needs: Demand, device: DeviceSpec, parallel: Paral
         )
         promised_s = max(slo.ttft.multiplier * alone_s, slo.ttft.floor_s)
         grace_s = max(grace_s, promised_s + slo.tpot_s * float(needs.workload.output_tokens.max()))
-    available_s = (needs.span_s + grace_s) * parallel.gpus
+    decoding = 0 if config.parallel.decode is None else config.parallel.decode.replicas * parallel.tp
+    available_s = (needs.span_s + grace_s) * (parallel.gpus + decoding)
     compute = needs.flops / peak / available_s
     bandwidth = needs.read_bytes / device.memory_bandwidth_bytes_per_s / available_s
     if max(compute, bandwidth) <= 1.0:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from experiments.config import Config, SloClassConfig, suggestion
 from experiments.separate import SeparatePools, check_sharding
-from policies.priorities import find_priority
+from policies.priorities import PRIORITIES, find_priority
 from policies.scheduler import SchedulerSettings
 from policies.sharding import Sharding
 from policies.slo import Slo, TtftTarget
@@ -175,7 +175,7 @@ def check_priority(name: str) -> None:
     Raises:
         InputError: it can't be made, or its key is no number.
     """
-    if ":" not in name:
+    if name in PRIORITIES:
         return
     from policies.cost import PrefillWork
     from policies.request import Request

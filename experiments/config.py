@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from experiments.plan_config import CapacityConfig, PlanConfig
 from experiments.section import CaseAxis, Count, NotNegative, Positive, Section, whole_number
 from policies.elastic import ElasticSettings
-from policies.priorities import PRIORITIES
+from policies.priorities import PRIORITIES, installed_priorities
 from policies.routers import ROUTERS
 from policies.scheduler import SchedulerSettings
 from policies.settings import PRESETS
@@ -155,7 +155,9 @@ class SchedulerConfig(Section):
     @classmethod
     def _priority_is_known(cls, name: str) -> str:
         # A module:Class is looked for when the run is built: reading a configuration imports nothing.
-        return name if ":" in name else known_name(name, tuple(PRIORITIES), "priority")
+        if ":" in name or name in PRIORITIES:
+            return name
+        return known_name(name, (*PRIORITIES, *installed_priorities()), "priority")
 
     @field_validator("router")
     @classmethod

@@ -25,7 +25,7 @@ _GROUPS = (1, 2, 4, 8)
 _ALL_REPLICAS_TO = 16  # beyond, each number tried is a quarter more than the last; the plan fills in the rest
 MAX_DEPLOYMENTS = 20_000
 
-Kind = tuple[str, int, int, int, str]
+Kind = tuple[str, int, int, int, int, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,9 @@ class Deployment:
 
     Attributes:
         changes: what it changes in the configuration, by dotted keys.
-        usd_per_hour, gpus: of all its replicas.
+        usd_per_hour, gpus: of all its replicas, those that only decode included.
+        gpus_per_replica: of one that prefills.
+        decode: replicas that only decode, of the same TP; the others then only prefill.
     """
 
     device: str
@@ -46,11 +48,13 @@ class Deployment:
     changes: Mapping[str, Any] = field(hash=False, compare=False)
     usd_per_hour: float
     gpus: int
+    gpus_per_replica: int
+    decode: int = 0
 
     @property
     def kind(self) -> Kind:
         """All but the number of replicas."""
-        return self.device, self.tp, self.spp, self.kvp, self.policy
+        return self.device, self.tp, self.spp, self.kvp, self.decode, self.policy
 
     @property
     def name(self) -> str:
@@ -59,7 +63,8 @@ class Deployment:
         degrees += [f"SPP {self.spp}"] if self.spp > 1 else []
         degrees += [f"KVP {self.kvp}"] if self.kvp > 1 else []
         replicas = "1 replica" if self.replicas == 1 else f"{self.replicas} replicas"
-        return f"{self.gpus} × {Path(self.device).stem} ({replicas} of {' '.join(degrees)}), {self.policy}"
+        pools = f"{self.replicas} to prefill and {self.decode} to decode" if self.decode else replicas
+        return f"{self.gpus} × {Path(self.device).stem} ({pools} of {' '.join(degrees)}), {self.policy}"
 
 
 def default_policies(config: Config) -> dict[str, dict[str, Any]]:
@@ -84,7 +89,7 @@ def deployments(config: Config, plan: PlanConfig, model: ModelSpec, workload: Wo
         InputError: a device is unknown, has no price, or there are too many deployments, or none.
     """
     if config.parallel.decode is not None:
-        raise InputError("parallel.decode: a plan looks for replicas that prefill and decode; leave it out")
+        raise InputError("parallel.decode: leave it out; plan.decode has the numbers of replicas that decode")
     policies = plan.policies or default_policies(config)
     longest = int((workload.prompt_tokens.astype(np.int64) + workload.output_tokens).max())
     found: list[Deployment] = []
@@ -97,11 +102,9 @@ def deployments(config: Config, plan: PlanConfig, model: ModelSpec, workload: Wo
         if price <= 0:
             raise InputError(f"plan.prices: {name} has no price; give {name}: USD per GPU and hour")
         for parallel in _shapes(config, plan, model, device, longest):
-            for replicas in plan.replicas or replica_numbers(plan.gpus // parallel.gpus_per_replica):
-                if replicas * parallel.gpus_per_replica > plan.gpus:
-                    continue
+            for decode, replicas in _pools(plan, parallel):
                 for policy, changes in policies.items():
-                    found.append(_deployment(name, parallel, replicas, policy, changes, price))
+                    found.append(_deployment(name, parallel, replicas, decode, policy, changes, price))
         if len(found) > MAX_DEPLOYMENTS:
             raise InputError(f"plan: that makes more than {MAX_DEPLOYMENTS:,} deployments; name fewer values")
     if not found:
@@ -132,12 +135,13 @@ def replica_numbers(most: int) -> list[int]:
 
 def with_replicas(deployment: Deployment, replicas: int) -> Deployment:
     """The same kind with another number of replicas."""
+    gpus = deployment.gpus + (replicas - deployment.replicas) * deployment.gpus_per_replica
     return replace(
         deployment,
         replicas=replicas,
         changes={**deployment.changes, "parallel.replicas": replicas},
-        usd_per_hour=deployment.usd_per_hour / deployment.replicas * replicas,
-        gpus=deployment.gpus // deployment.replicas * replicas,
+        usd_per_hour=deployment.usd_per_hour / deployment.gpus * gpus,
+        gpus=gpus,
     )
 
 
@@ -187,6 +191,7 @@ def _deployment(
     device: str,
     parallel: ParallelSpec,
     replicas: int,
+    decode: int,
     policy: str,
     policy_changes: Mapping[str, Any],
     usd: float,
@@ -199,9 +204,22 @@ def _deployment(
         "parallel.kvp": parallel.kvp,
         "parallel.replicas": replicas,
     }
-    gpus = parallel.gpus_per_replica * replicas
+    if decode:
+        changes["parallel.decode"] = {"replicas": decode}
+    each = parallel.gpus_per_replica
+    gpus = each * (replicas + decode)
     shape = parallel.tp, parallel.spp, parallel.kvp
-    return Deployment(device, *shape, replicas, policy, changes, usd * gpus, gpus)
+    return Deployment(device, *shape, replicas, policy, changes, usd * gpus, gpus, each, decode)
+
+
+def _pools(plan: PlanConfig, parallel: ParallelSpec) -> Iterator[tuple[int, int]]:
+    """(replicas that only decode, the others) within the budget. Pools apart are of TP alone."""
+    most = plan.gpus // parallel.gpus_per_replica
+    for decode in plan.decode:
+        if decode and parallel.spp * parallel.kvp * parallel.cp > 1:
+            continue
+        numbers = plan.replicas or replica_numbers(most - decode)
+        yield from ((decode, replicas) for replicas in numbers if replicas + decode <= most)
 
 
 def _shapes(

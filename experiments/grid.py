@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.machinery import PathFinder
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 from experiments.config import Config, RangeConfig, dump
 from experiments.load import load_config
 from experiments.version import version
+from policies.priorities import PRIORITIES, installed_priorities
 from specs.errors import InputError
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -97,6 +100,8 @@ def cell_id(config: Config, *others: str) -> str:
     data = dump(config)
     data.pop("name")
     files = {text: _stamp(Path(text)) for text in _texts(data) if Path(text).is_absolute()}
+    if (source := source_of_priority(config.scheduler.priority)) is not None:
+        files["scheduler.priority"] = _stamp(source)
     return hash_of([data, files, code_version(), *others])
 
 
@@ -117,6 +122,19 @@ def code_version() -> str:
                 digest.update(str(file.relative_to(_ROOT)).encode("utf-8"))
                 digest.update(file.read_bytes())
     return f"{version()}+{digest.hexdigest()[:16]}"
+
+
+def source_of_priority(name: str) -> Path | None:
+    """Where the code of a priority from elsewhere lies, a file or a package's folder; None for our own, whose
+    code counts anyway. Nothing is imported."""
+    if name in PRIORITIES:
+        return None
+    path = name if ":" in name else installed_priorities().get(name, "")
+    spec = PathFinder.find_spec(path.partition(":")[0].partition(".")[0], [str(Path.cwd()), *sys.path])
+    if spec is None:
+        return None
+    folders = spec.submodule_search_locations
+    return Path(folders[0]) if folders else Path(spec.origin) if spec.origin else None
 
 
 def _texts(value: Any) -> Iterator[str]:

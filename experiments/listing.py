@@ -62,7 +62,7 @@ def _devices() -> tuple[Row, Iterable[Row]]:
 
 
 def _policies() -> tuple[Row, Iterable[Row]]:
-    from policies.priorities import PRIORITIES
+    from policies.priorities import PRIORITIES, find_priority, installed_priorities
     from policies.routers import (
         CacheAware,
         JoinShortestQueue,
@@ -82,6 +82,10 @@ def _policies() -> tuple[Row, Iterable[Row]]:
         "cache_aware": CacheAware,
     }
     rows = [(name, "scheduler.priority", _first_line(kind)) for name, kind in PRIORITIES.items()]
+    rows += [
+        (name, "scheduler.priority", f"{_first_line(find_priority(name))} ({path})")
+        for name, path in installed_priorities().items()
+    ]
     rows.append(("module:Class", "scheduler.priority", "Your own subclass of policies.priorities.Priority."))
     rows += [(name, "scheduler.chunking", text) for name, text in _CHUNKING.items()]
     rows += [(name, "scheduler.packing", text) for name, text in _PACKING.items()]

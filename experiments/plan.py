@@ -95,8 +95,7 @@ class _Planner:
         growth = []
         before = found
         for factor in sorted(set(self.settings.traffic)):
-            candidates = [each for each in self.candidates if not _failed(each, before)]
-            before = self._search(factor).run(candidates, keep=max(keep // 2, 2), with_front=False)
+            before = self._with_more(factor, before, max(keep // 2, 2))
             growth.append(before)
         return PlanFacts(
             config=self.config,
@@ -109,6 +108,19 @@ class _Planner:
             capacity=capacity,
             random=self.random,
         )
+
+    def _with_more(self, factor: float, before: Findings, keep: int) -> Findings:
+        """Search at more traffic, near the answer at less first: it can't be cheaper, and so many times the
+        replicas should do."""
+        candidates = [each for each in self.candidates if not _failed(each, before)]
+        search = self._search(factor)
+        if before.choice is not None:
+            cost = before.choice.deployment.usd_per_hour
+            near = [each for each in candidates if cost <= each.usd_per_hour + 1e-9 <= (1 + factor) * cost]
+            found = search.run(near, keep=keep, with_front=False)
+            if found.choice is not None:
+                return found
+        return search.run(candidates, keep=keep, with_front=False)
 
     def _search(self, load: float) -> Search:
         needs = self._needs(load)

@@ -17,9 +17,10 @@ class PlanConfig(Section):
     """``convoy plan``: which deployments come into question, and what is asked of them.
 
     What is left out of ``tp``, ``spp``, ``kvp``, ``replicas`` and ``policies`` is filled in by
-    :mod:`experiments.deployments`. ``prices`` are USD per GPU and hour, over those of the devices' files.
-    ``traffic`` are the factors for which the answer is looked for again; ``parts`` the shares of the
-    workload on which deployments are sifted, ``keep`` how many at most are simulated on all of it.
+    :mod:`experiments.deployments`. ``decode`` are numbers of replicas that only decode. ``prices`` are USD
+    per GPU and hour, over those of the devices' files. ``traffic`` are the factors for which the answer is
+    looked for again; ``parts`` the shares of the workload on which deployments are sifted, ``keep`` how many
+    at most are simulated on all of it.
     """
 
     gpus: Degree = 8
@@ -28,6 +29,9 @@ class PlanConfig(Section):
     spp: Degrees | None = None
     kvp: Degrees | None = None
     replicas: Degrees | None = None
+    decode: Annotated[list[Annotated[int, Field(ge=0, le=4096)]], Field(min_length=1, max_length=16)] = Field(
+        default_factory=lambda: [0]
+    )
     policies: Annotated[CaseAxis, Field(max_length=32)] | None = None
     prices: dict[str, Positive] = Field(default_factory=dict)
     attainment: Share = 0.99

@@ -136,6 +136,7 @@ def trial_json(trial: Trial, workload: Workload) -> dict[str, Any]:
         "tp": deployment.tp,
         "spp": deployment.spp,
         "kvp": deployment.kvp,
+        "decode": deployment.decode,
         "policy": deployment.policy,
         "usd_per_hour": round(deployment.usd_per_hour, 6),
         "usd_per_million_tokens": total,

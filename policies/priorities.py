@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from difflib import get_close_matches
+from importlib.metadata import entry_points
 
 from policies.cost import PrefillWork
 from policies.request import Request
@@ -111,19 +112,33 @@ class LARS(LinearPriority):
 PRIORITIES: dict[str, type[Priority]] = {"fcfs": FCFS, "srpt": SRPT, "edf": EDF, "lrs": LRS, "lars": LARS}
 
 
+ENTRY_POINTS = "convoy.priorities"  # the group under which an installed package names its own
+
+
+def installed_priorities() -> dict[str, str]:
+    """Priorities of other installed packages, ``module:Class`` by name; none replaces a built-in one."""
+    found = {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
+    return {name: found[name] for name in sorted(found) if name not in PRIORITIES}
+
+
 def find_priority(name: str) -> type[Priority]:
-    """The priority called ``name``, or named by its import path ``module:Class``.
+    """The priority called ``name``, here or by an installed package, or named by its path ``module:Class``.
 
     Raises:
         InputError: there is none, or it isn't a subclass of :class:`Priority`.
     """
     if name in PRIORITIES:
         return PRIORITIES[name]
+    path = name
     if ":" not in name:
-        close = get_close_matches(name, PRIORITIES, n=1)
-        hint = f"; did you mean '{close[0]}'?" if close else ""
-        raise InputError(f"'{name}' is not a known priority{hint} ({', '.join(PRIORITIES)}, or module:Class)")
-    module_name, _, class_name = name.partition(":")
+        installed = installed_priorities()
+        if name not in installed:
+            known = [*PRIORITIES, *installed]
+            close = get_close_matches(name, known, n=1)
+            hint = f"; did you mean '{close[0]}'?" if close else ""
+            raise InputError(f"'{name}' is not a known priority{hint} ({', '.join(known)}, or module:Class)")
+        path = installed[name]
+    module_name, _, class_name = path.partition(":")
     try:
         found = getattr(importlib.import_module(module_name), class_name)
     except (Exception, SystemExit) as error:  # it is somebody else's code: whatever it does, say where

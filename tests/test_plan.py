@@ -175,7 +175,7 @@ def test_misses_on_a_part_are_no_more_than_on_the_whole(tmp_path: Path) -> None:
 
 
 def trial(replicas: int, usd: float, ttft_s: float, *, holds: bool = True, lost: bool = False) -> Trial:
-    deployment = Deployment("d", 1, 1, 1, replicas, "p", {}, usd, replicas)
+    deployment = Deployment("d", 1, 1, 1, replicas, "p", {}, usd, replicas, 1)
     summary = {"ttft_s": {"p99": ttft_s}, "tpot_s": {"p99": 0.01}}
     return Trial(deployment, 1.0, 100, 1.0 if holds else 0.9, holds, lost, summary)
 
