@@ -3,12 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: install demo test lint format paper bench clean
-
-install: .venv/installed
+.PHONY: demo install test lint format paper bench clean
 
 demo: .venv/installed
 	$(BIN)/convoy run experiments/quickstart.yaml --out out/quickstart --force
+
+install: .venv/installed
 
 test: lint
 	$(BIN)/python -m pytest

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = list(sys.argv[1:] if arguments is None else arguments) or ["kills", "scaling", "memory"]
     status = 0
     with tempfile.TemporaryDirectory() as folder:
+        measures: dict[str, Callable[[Path], int]] = {"kills": kills, "scaling": scaling, "memory": memory}
         for name in chosen:
-            status |= {"kills": kills, "scaling": scaling, "memory": memory}[name](Path(folder) / name)
+            status |= measures[name](Path(folder) / name)
     return status
 
 
@@ -142,8 +143,8 @@ def _same(a: Path, b: Path) -> bool:
     """The same results: bytes of results.csv, values and types of results.parquet."""
     import pandas as pd
 
-    frames = [pd.read_parquet(folder / "results.parquet") for folder in (a, b)]
-    pd.testing.assert_frame_equal(*frames)
+    one, other = (pd.read_parquet(folder / "results.parquet") for folder in (a, b))
+    pd.testing.assert_frame_equal(one, other)
     return (a / "results.csv").read_bytes() == (b / "results.csv").read_bytes()
 
 
