@@ -9,13 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from policies.scheduler import SchedulerSettings
 from profiler.importers import layerwise, llmservingsim
 from profiler.iteration import IterationModel
 from profiler.kernels import load_kernels
 from profiler.ladders import Curve, Ladder
 from profiler.lookup import LookupKernels
+from sim.cluster import Setup, simulate
 from specs import ParallelSpec, get_device, get_model
 from specs.errors import InputError
+from traces.workload import Workload
 
 LLAMA, QWEN = get_model("llama-3.1-8b"), get_model("qwen3-32b")
 RTX, B300 = get_device("rtx-pro-6000-blackwell"), get_device("b300")
@@ -105,6 +108,28 @@ def test_uneven_decodes_take_longer_in_proportion_to_their_spread(tmp_path: Path
     cost = IterationModel(LLAMA, kernels, ParallelSpec(), max_chunk_tokens=2048)
     assert cost.joint_attention_s(0, 64, 64 * 1024, 400.0) == pytest.approx(32 * 50e-6, rel=1e-3)
     assert cost.joint_attention_s(0, 1, 1024, 0.0) == 0.0
+
+
+def test_runs_of_steps_taken_at_once_last_as_long_with_uneven_contexts(tmp_path: Path) -> None:
+    """The contexts' spread stays as it is while the same requests decode, so each step takes as much more."""
+    folder = small_tables(tmp_path / "in")
+    rows = [(64, 32, 0, 0, 512, 1536, 1024, 655.0, 900.0), (64, 32, 512, 0, 512, 1536, 1024, 955.0, 1400.0)]
+    write(folder / "m_tp1_skew.csv", "n,nb,pc,kp,kvs,kv_big,kv_mean,t_mean_us,t_skew_us", rows)
+    llmservingsim.import_profile(folder, RTX.name, LLAMA.name, tmp_path / "out")
+    kernels = load_kernels(RTX, profile=tmp_path / "out" / "llmservingsim-llama-3.1-8b", model=LLAMA)
+    cost = IterationModel(LLAMA, kernels, ParallelSpec(), max_chunk_tokens=2048)
+    rng = np.random.default_rng(4)
+    workload = Workload(
+        rng.integers(50, 3000, 60).astype(np.int32),
+        rng.integers(1, 200, 60).astype(np.int32),
+        np.sort(rng.uniform(0, 20, 60)),
+    )
+    settings = SchedulerSettings(chunk_tokens=1024, max_batch_requests=24)
+    setup = Setup(cost, 200_000, settings)
+    quick, slow = simulate(workload, setup), simulate(workload, setup, step_by_step=True)
+    np.testing.assert_allclose(quick.requests["finished_s"], slow.requests["finished_s"], rtol=1e-9)
+    even = IterationModel(LLAMA, kernels_of(tmp_path / "even"), ParallelSpec(), max_chunk_tokens=2048)
+    assert quick.end_s > simulate(workload, Setup(even, 200_000, settings)).end_s
 
 
 def test_graphs_are_padded() -> None:
