@@ -1,7 +1,8 @@
 """``convoy measure``: a configuration's workload, sent to a running server that speaks OpenAI's API.
 
 What comes back is written in the files of a run, so that ``convoy validate --replay`` and ``calibrate``
-read it. Prompts are token ids drawn from the seed; requests that share prefix blocks share their tokens.
+read it. Prompts are token ids drawn anew for every run, or a server that caches prefixes would know them the
+second time; requests that share prefix blocks share their tokens.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import csv
 import json
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,7 @@ from traces.synthesis import ClosedLoop, stream
 from traces.workload import PrefixBlocks, Workload
 
 _SPECIAL = 8  # of a vocabulary's first ids one in so many is left out: those with a meaning of their own
+_PREPARED_TOKENS = 20_000_000  # of prompts that are made before the clock starts
 _LATE_S = 0.05  # behind its time, from which a request makes the client's slowness worth saying
 _COLUMNS = (
     "request_id",
@@ -127,8 +130,10 @@ def _send_all(
         if bar is not None:
             bar(client.now_s, finished)
 
-    prompts = prompts_of(workload, config.seed, get_model(config.model).vocab_size)
+    prompts = prompts_of(workload, secrets.randbits(62), get_model(config.model).vocab_size)
     client = Client(server, prompts, workload.output_tokens.tolist(), done)
+    totals = np.cumsum(workload.prompt_tokens, dtype=np.int64)
+    client.prepare(int(np.searchsorted(totals, _PREPARED_TOKENS, side="right")))
     if loop is None:
         assert workload.arrival_s is not None
         sending = client.open_loop(workload.arrival_s.tolist())
