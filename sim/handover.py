@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import simpy
@@ -47,7 +48,6 @@ class Handovers:
         router: picks one of them.
         network: what KV caches move over; None if they move while the prefill computes, at no cost.
         layer_bytes_per_token: bytes of keys and values of a token in one layer.
-        first_index: index of the first decode replica in the records.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Handovers:
         self._layer_bytes = layer_bytes_per_token
         self._waiting: list[deque[_Leaving]] = [deque() for _ in targets]
         for place, target in enumerate(targets):
-            target.on_batch_end = self._admitting(place)
+            target.on_batch_end = partial(self._admit, place)
 
     def prefilled(self, request: Request, source: Source) -> None:
         """A request's prefill is complete at ``source``, and it has tokens left to make."""
@@ -81,9 +81,6 @@ class Handovers:
             self._admit(place)
         else:
             target.end_run()
-
-    def _admitting(self, place: int) -> Any:
-        return lambda: self._admit(place)
 
     def _admit(self, place: int) -> None:
         """Let those in whose KV blocks are free now."""

@@ -83,11 +83,6 @@ class Network:
         if moves:
             yield self.env.all_of(moves)
 
-    def lone_s(self, part: Part) -> float:
-        """Seconds of a part that meets no other: as many GPUs send as receive."""
-        link, gpus = self._link(part), min(part.source.gpus, part.target.gpus)
-        return link.latency_s + part.num_bytes / (gpus * link.bandwidth_bytes_per_s)
-
     def occupy(self, source: Port, target: Port, seconds: float) -> Process:
         """Hold the links from ``source`` to ``target`` for so long, once they are free."""
         is_inter_node = source.node != target.node
