@@ -10,6 +10,7 @@ from multiprocessing.connection import Client, Connection, Listener, wait
 from typing import Any, NamedTuple
 
 KEY_VARIABLE = "CONVOY_KEY"  # the shared key, in hexadecimal
+LIFELINE_VARIABLE = "CONVOY_LIFELINE"  # set if the end of a rank's standard input is the end of its engine
 STORE_ADDRESS = "convoy/engine"  # where the engine listens, in the ranks' common store
 STORE_KEY = "convoy/key"  # the shared key, for ranks that another launcher started
 

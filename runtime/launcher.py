@@ -29,7 +29,7 @@ import torch
 from torch.distributed import DistNetworkError, TCPStore  # type: ignore[attr-defined]
 
 from runtime import worker
-from runtime.channel import KEY_VARIABLE, STORE_ADDRESS, STORE_KEY, Channel, Failure, Ready
+from runtime.channel import KEY_VARIABLE, LIFELINE_VARIABLE, STORE_ADDRESS, STORE_KEY, Channel, Failure, Ready
 from runtime.executors import Executor, LocalExecutor, StageDone
 from runtime.model import check_model
 from runtime.plan import Plan
@@ -278,13 +278,14 @@ class _Child:
 
     def __init__(self, place: Mapping[str, object]) -> None:
         environment = dict(os.environ) | {name: str(value) for name, value in place.items()}
+        environment[LIFELINE_VARIABLE] = "stdin"
         root = str(Path(__file__).resolve().parent.parent)
         environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [environment.get("PYTHONPATH")])])
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in end()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "runtime.worker"],
             env=environment,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # nothing is ever written; it ends when this process does, however that is
             stderr=self._errors,
             start_new_session=True,
         )
@@ -308,6 +309,8 @@ class _Child:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        if self.process.stdin is not None:
+            self.process.stdin.close()
         self._errors.close()
 
 

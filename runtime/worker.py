@@ -18,7 +18,7 @@ from queue import SimpleQueue
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from runtime.channel import KEY_VARIABLE, STORE_ADDRESS, STORE_KEY, Channel, Failure, Ready
+from runtime.channel import KEY_VARIABLE, LIFELINE_VARIABLE, STORE_ADDRESS, STORE_KEY, Channel, Failure, Ready
 from runtime.cores import keep_to_own_cores
 from runtime.distributed import Mesh
 from runtime.plan import Plan
@@ -31,6 +31,8 @@ START_TIMEOUT_S = 600.0  # for reading weights and for meeting the others
 def main() -> None:
     """Run this process's rank to the end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the engine's to handle
+    if LIFELINE_VARIABLE in os.environ:
+        threading.Thread(target=_follow_the_engine, daemon=True).start()
     rank = int(os.environ["RANK"])
     if os.environ["MASTER_ADDR"] in ("127.0.0.1", "localhost"):
         # Without it gloo takes the address of the host's name, which need not lead anywhere.
@@ -70,6 +72,13 @@ def _work(rank: int, spec: RunnerSpec, store: Store, channel: Channel) -> None:
     while (plan := plans.get()) is not None:
         channel.send(runner.run(plan))
     mesh.disconnect()
+
+
+def _follow_the_engine() -> None:
+    """End when standard input does, as it does with the engine; above all before there is a line to it."""
+    while os.read(0, 1):
+        pass
+    os._exit(1)
 
 
 def _listen(channel: Channel, plans: SimpleQueue[Plan | None]) -> None:

@@ -291,6 +291,20 @@ def test_no_rank_outlives_an_engine_that_is_killed(tmp_path):
     assert_gone(processes)
 
 
+def test_no_rank_waits_for_an_engine_that_is_killed_at_the_start():
+    """Ranks that were told to meet at a port where nobody answers any more."""
+    code = (
+        "import os, signal; from runtime.launcher import _Child; "
+        "place = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, MASTER_ADDR='127.0.0.1', MASTER_PORT=1); "
+        "print(_Child(place).process.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    engine = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=60
+    )
+    assert engine.returncode == -signal.SIGKILL
+    assert_gone([int(engine.stdout)], within_s=20.0)  # it has to import torch first
+
+
 def test_the_same_script_runs_under_torchrun(tmp_path, single):
     run = start_script(tmp_path, ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"])
     out, _ = run.communicate(timeout=60)
