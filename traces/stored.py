@@ -20,6 +20,7 @@ _MAX_LINE_BYTES = 1 << 14
 _MAX_NUMBER = 2**31 - 1
 
 Columns = dict[str, NDArray[Any]]
+_LATER_REQUEST_COLUMNS = 3  # where a request decodes, and when its KV cache went there
 
 
 def read_requests_csv(path: Path, slo_names: Sequence[str]) -> Columns:
@@ -43,6 +44,7 @@ def read_requests_csv(path: Path, slo_names: Sequence[str]) -> Columns:
             "slo_class": lambda text: _name(text, classes),
             "status": lambda text: _name(text, statuses),
         },
+        later=_LATER_REQUEST_COLUMNS,
     )
     ids = columns["request_id"]
     if np.any(np.diff(ids) <= 0):
@@ -92,22 +94,30 @@ def read_slices_csv(path: Path) -> Slices:
     return slices
 
 
-def _read(path: Path, header: Sequence[str], kinds: Mapping[str, Callable[[str], float]]) -> Columns:
-    """The columns in ``kinds`` of a CSV that must have exactly this header."""
+def _read(
+    path: Path, header: Sequence[str], kinds: Mapping[str, Callable[[str], float]], *, later: int = 0
+) -> Columns:
+    """The columns in ``kinds`` of a CSV that must have exactly this header; its ``later`` last columns aren't
+    in older files, and are empty then."""
     places = [(place, name, kinds[name]) for place, name in enumerate(header) if name in kinds]
     blocks: dict[str, list[NDArray[Any]]] = {name: [] for name in kinds}
     rows = 0
-    has_header = False
+    has_header, missing = False, 0
+    older = ",".join(header[: len(header) - later])
     for block in line_blocks(path, _MAX_LINE_BYTES):
         numbers, texts = list(block.numbers), block.texts
         if not has_header and texts:
-            if texts[0] != ",".join(header):
+            missing = later if texts[0] == older else 0
+            if not missing and texts[0] != ",".join(header):
                 raise InputError(f"{path}: the first line must be {','.join(header)}")
             numbers, texts, has_header = numbers[1:], texts[1:], True
         values: dict[str, list[float]] = {name: [] for name in kinds}
         for number, cells in zip(numbers, csv.reader(texts), strict=False):
-            if len(cells) != len(header):
-                raise InputError(f"{path}: row at line {number}: has {len(cells)} cells, not {len(header)}")
+            if len(cells) != len(header) - missing:
+                raise InputError(
+                    f"{path}: row at line {number}: has {len(cells)} cells, not {len(header) - missing}"
+                )
+            cells += [""] * missing
             for place, name, convert in places:
                 try:
                     values[name].append(convert(cells[place]))
