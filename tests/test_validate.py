@@ -64,7 +64,7 @@ class _Noting(Replica):
         self._ends[batch.id][stage] = self.env.now + time_s
         return time_s
 
-    def handover_s(self, batch: Batch) -> float:
+    def handover_s(self, batch: Batch, stage: int) -> float:
         return 0.0
 
 
