@@ -104,8 +104,8 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel("tbt_s.p99", "p99 gap (s)", "chunks", "chunks", log_y=False),
     ),
     "admission": (
-        Panel("ttft_all_s.p50", f"median TTFT\n{_ALL}", "priority", "order"),
-        Panel("short.ttft_all_s.p90", f"p90 TTFT, short\n{_ALL}", "priority", "order"),
+        Panel("ttft_all_s.p50", f"median TTFT\n{_ALL}", "admission", "who doesn't fit"),
+        Panel("short.ttft_all_s.p90", f"p90 TTFT, short\n{_ALL}", "admission", "who doesn't fit"),
     ),
     "14": (
         Panel("short.ttft_all_s.p50", f"median TTFT, short\n{_ALL}", "rate_rps", _LOAD),
