@@ -169,7 +169,7 @@ def _p11(figures: Figures) -> Found:
 
 def _p12(figures: Figures) -> Found:
     rows = []
-    for rate in (0.75, 1.25):
+    for rate in (0.25, 0.75):
         median = {
             system: figures["13"].get("ttft_all_s.p50", system=system, rate_rps=rate)
             for system in figures["13"].labels("system")
