@@ -163,6 +163,7 @@ def _paper(options: argparse.Namespace) -> int:
             only=options.only,
             jobs=options.jobs,
             document=options.doc,
+            as_is=options.as_is,
             quiet=options.quiet,
         )
     )
@@ -475,6 +476,7 @@ def _add_paper(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", nargs="+", default=[], metavar="FIG", help="figures: 3b 13 …; default all")
     parser.add_argument("--jobs", type=_count, metavar="N", help="processes; default one for each core")
     parser.add_argument("--doc", metavar="FILE.md", help="write the document there too, besides DIR/paper.md")
+    parser.add_argument("--as-is", action="store_true", help="compute nothing: show what is there")
     parser.add_argument("--quiet", action="store_true", help="no progress, no last line")
     parser.set_defaults(run=_paper)
 

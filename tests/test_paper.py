@@ -133,6 +133,8 @@ def test_what_is_computed_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "| P7 | 7a |" in text and "| P8 | 6b |" in text
     (out / "fig7a.png").unlink()
     next(iter(cells)).unlink()  # as if it had been killed before
+    assert main([*arguments, "--as-is"]) == 0
+    assert len(list((out / "cells").iterdir())) == len(cells) - 1
     assert main(arguments) == 0
     again = {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
     assert again.keys() == cells.keys()

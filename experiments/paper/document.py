@@ -71,7 +71,7 @@ def _claims(figures: Mapping[str, Results]) -> Iterator[str]:
         yield f"| {claim.id} | {claim.figures} | {claim.paper} | {ours} | {ratio} |"
     yield ""
     for claim in claims:
-        if claim.remark:
+        if claim.remark and compare(figures, claim) is not None:
             yield f"- **{claim.id}**: {claim.remark}"
     yield ""
 
