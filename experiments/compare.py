@@ -22,6 +22,11 @@ from specs.errors import InputError
 
 FloatArray = NDArray[np.float64]
 
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
 _LATENCIES = {
     "ttft_s": ("TTFT", "arrival to first token"),
     "tpot_s": ("TPOT", "(E2E − TTFT) ÷ (output tokens − 1) of one request"),
@@ -34,8 +39,8 @@ _FIGURES: Mapping[str, tuple[str, str, Callable[[float], str]]] = {
     "goodput_rps": ("Goodput", "requests within their SLOs per second", number),
     "requests_per_s": ("Throughput", "finished requests per second", number),
     "output_tokens_per_s": ("Output", "output tokens of finished requests per second", number),
-    "num_finished": ("Finished", "requests with their last token", number),
-    "preemptions": ("Preemptions", "how often a request lost its KV cache", number),
+    "num_finished": ("Finished", "requests with their last token", _count),
+    "preemptions": ("Preemptions", "how often a request lost its KV cache", _count),
     "kv_utilization": ("KV cache", "mean share of KV blocks in use", percent),
     "mfu": ("MFU", "useful FLOP ÷ (time × GPUs × peak)", percent),
     "mbu": ("MBU", "bytes that had to be read ÷ (time × GPUs × bandwidth)", percent),

@@ -126,11 +126,13 @@ class Search:
             self.simulate(more, 1.0, found)
 
     def _next_ones(self, candidates: Sequence[Deployment], found: Findings) -> list[Deployment]:
-        """When nothing holds yet: those that may, the likeliest first."""
+        """When nothing holds yet: of each kind the most replicas, unless they are lost, the likeliest first.
+        If those fail, so do fewer."""
         whole = len(self.needs.workload)
         known = {trial.deployment for trial in found.full(whole)}
         known |= set(found.ruled_out) | outdone(found.trials.values(), candidates)
-        left = [each for each in candidates if each not in known]
+        most = {each.kind: each for each in sorted(candidates, key=lambda each: each.replicas)}
+        left = [each for each in most.values() if each not in known]
         left.sort(key=lambda each: (-_share(each, found), order(each)))
         return left[: 2 * NEIGHBOURS]
 

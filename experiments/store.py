@@ -86,14 +86,15 @@ def outcomes_of(
 ) -> Iterator[Outcome]:
     """Do ``work`` on everything in ``todo``, as much at once as there are jobs (None: one for each core);
     outcomes come as they are ready."""
+    if backend == "ray":
+        yield from _on_ray(todo, work, jobs)
+        return
     jobs = min(jobs or _cores(), max(len(todo), 1))
-    if backend == "loky" and jobs == 1:
+    if jobs == 1:
         yield from map(work, todo)
         return
     from joblib import Parallel, delayed, parallel_config
 
-    if backend == "ray":
-        _start_ray()
     with parallel_config(backend=backend):
         # Cells are handed out a few at a time, and nothing of a finished one stays here.
         parallel = Parallel(
@@ -169,14 +170,30 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _start_ray() -> None:
+def _on_ray(todo: Sequence[Work], work: Callable[[Work], Outcome], jobs: int | None) -> Iterator[Outcome]:
+    """The same on a Ray cluster, one started for this if there is none, with all its cores unless ``jobs``
+    says how many. Its machines must see the same files."""
     try:
         import ray
-        from ray.util.joblib import register_ray
     except ImportError:
         raise InputError(
             "--backend ray: ray isn't installed; in Convoy's folder: pip install -e '.[ray]'"
         ) from None
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
-    register_ray()  # type: ignore[no-untyped-call,unused-ignore]
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call,unused-ignore]
+    most = jobs or max(int(resources.get("CPU", 1)), 1)
+
+    def task(each: Work) -> Outcome:
+        return work(each)
+
+    remote = ray.remote(task)
+    waiting = iter(todo)
+    running: list[Any] = []
+    while True:
+        while len(running) < most and (each := next(waiting, None)) is not None:
+            running.append(remote.remote(each))
+        if not running:
+            return
+        done, running = ray.wait(running)
+        yield from ray.get(done)

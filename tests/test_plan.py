@@ -125,6 +125,19 @@ def test_the_search_finds_what_trying_everything_finds(tmp_path: Path, needed: f
     assert not any(trial.holds for trial in cheaper)
 
 
+def test_that_nothing_holds_is_known_from_the_most_replicas_of_each_kind(tmp_path: Path) -> None:
+    path = write(tmp_path, plan={"gpus": 24, "tp": [1], "keep": 3}, slo={"ttft": 1e6, "tpot_s": 1e6})
+    listed, search = candidates(path)
+    barely = Fake(needed=1e3)
+    search = Search(search.path, (), search.plan, search.needs, barely)  # type: ignore[arg-type]
+    found = search.run(listed, keep=3)
+    assert found.choice is None and found.neighbours == []
+    kinds = {each.kind for each in listed}
+    assert all(
+        any(trial.lost and trial.deployment.kind == kind for trial in found.trials.values()) for kind in kinds
+    )
+
+
 def test_the_plan_is_the_cheapest_of_all_simulated_in_full(tmp_path: Path) -> None:
     path = write(tmp_path)
     out = tmp_path / "plan"

@@ -192,3 +192,18 @@ def test_a_swept_key_cant_be_set_and_a_foreign_folder_is_left_alone(
     assert "seed is swept" in capsys.readouterr().err
     assert main(["sweep", str(path), "--out", str(tmp_path)]) == 2
     assert "holds no sweep" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_ray_gives_what_loky_gives(tmp_path: Path) -> None:
+    """On a Ray of this machine alone, started for this and stopped after it."""
+    ray = pytest.importorskip("ray", reason="ray isn't installed: pip install -e '.[ray]'")
+    path = write(tmp_path, sweep={"seed": [0, 1, 2]})
+    main(["sweep", str(path), "--out", str(tmp_path / "loky"), "--jobs", "1", "--quiet", "--no-plots"])
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    try:
+        arguments = ["--backend", "ray", "--jobs", "2", "--quiet", "--no-plots"]
+        assert main(["sweep", str(path), "--out", str(tmp_path / "ray"), *arguments]) == 0
+    finally:
+        ray.shutdown()
+    pd.testing.assert_frame_equal(results(tmp_path / "ray"), results(tmp_path / "loky"))
