@@ -28,6 +28,7 @@ paper: .venv/installed
 bench: .venv/installed-for-tests
 	$(BIN)/python -m experiments.bench
 	$(BIN)/python -m experiments.bench_runtime
+	$(BIN)/python -m experiments.bench_sweep
 
 .venv/created:
 	$(PYTHON) -m venv .venv

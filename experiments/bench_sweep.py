@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -66,17 +67,17 @@ def kills(
     return 0 if same else 1
 
 
-def scaling(folder: Path, cells: int = 40, requests: int = 3000) -> int:
-    """Seconds of the same sweep with one worker and with two, three times each in turn."""
+def scaling(folder: Path, cells: int = 40, requests: int = 8000, attempts: int = 3) -> int:
+    """Seconds of the same sweep with one worker and with two, several times each in turn."""
     folder.mkdir()
     path = _config(folder, cells, requests)
     seconds: dict[int, list[float]] = {1: [], 2: []}
-    for attempt in range(3):
+    for attempt in range(attempts):
         for jobs, found in seconds.items():
             began_s = time.perf_counter()
             _sweep(path, folder / f"{attempt}.{jobs}", jobs).wait()
             found.append(time.perf_counter() - began_s)
-    one, two = (sorted(seconds[jobs])[1] for jobs in (1, 2))
+    one, two = (statistics.median(seconds[jobs]) for jobs in (1, 2))
     print(f"{cells} cells: {one:.1f} s with one worker, {two:.1f} s with two: {one / two:.2f} times as fast")
     return 0
 
