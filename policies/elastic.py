@@ -173,7 +173,7 @@ class ElasticScheduler:
         return min(queues, key=lambda queue: (queue[0].arrival_s, queue[0].id), default=self._long)
 
     def _form(self, queue: deque[Request], instances: Sequence[int], now_s: float) -> Group | None:
-        requests = self._batch_of(queue)
+        requests = self._batch_of(queue, min(self.elastic.max_cp, len(instances)))
         plan = self._best_plan(requests, instances, now_s)
         if plan is None or plan.begin_s > now_s:
             return None
@@ -194,13 +194,15 @@ class ElasticScheduler:
             self._free_at_s[instance] = plan.end_s
         return Group(batch, plan.instances, plan.cost, plan.end_s - now_s)
 
-    def _batch_of(self, queue: deque[Request]) -> list[Request]:
-        """The first in line, and those behind it that the batch has room for."""
+    def _batch_of(self, queue: deque[Request], most: int) -> list[Request]:
+        """The first in line, and those behind it that the batch has room for; together they have to fit the
+        memory of ``most`` idle instances, or they would wait for ever."""
         requests = [queue[0]]
-        tokens = queue[0].prefill_tokens
+        tokens, blocks = queue[0].prefill_tokens, self._blocks_each(requests, most)
         for request in islice(queue, 1, self.settings.max_batch_requests):
             tokens += request.prefill_tokens
-            if tokens > self.settings.max_batch_tokens:
+            blocks += self._blocks_each([request], most)
+            if tokens > self.settings.max_batch_tokens or blocks > self.caches[0].capacity_blocks:
                 break
             requests.append(request)
         return requests

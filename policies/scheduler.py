@@ -15,32 +15,21 @@ Where prefills and decodes run in different places, a request leaves the one sch
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from policies.batch import Batch, Chunk, Load
 from policies.cost import CostModel, JointAttention, PrefillWork
 from policies.decode_pool import DecodePool
-from policies.kv_cache import GroupedKVCache
 from policies.lane import Lane
 from policies.placement import PendingWork
-from policies.prefix_cache import PrefixCache
 from policies.priorities import LARS
 from policies.queue import Rank
 from policies.request import Request
+from policies.room import Reservation, Room
 from policies.settings import SchedulerSettings, make_chunking, make_priority
 from policies.sharding import ShardedCostModel, Sharding, SlowestGroup
 from policies.slo import Slo
 
-__all__ = ["Reservation", "Scheduler", "SchedulerSettings"]
-
-
-class Reservation(NamedTuple):
-    """KV blocks set aside for a request whose prefill was computed elsewhere."""
-
-    request: Request
-    home: int
-    shards: int
-    blocks: int
+__all__ = ["Scheduler", "SchedulerSettings"]
 
 
 class Scheduler:
@@ -61,11 +50,11 @@ class Scheduler:
         hands_over: requests decode elsewhere: here they only prefill.
 
     Attributes:
-        running: requests that hold KV blocks: prefilling, decoding or in flight.
+        room: the KV blocks and seats, and who holds them.
         outstanding: requests here that haven't finished.
         pending_prefill_tokens: prompt tokens not yet in a batch, over all requests here.
         preemptions: recompute preemptions so far.
-        prefixes: the KV cache, if it keeps prefixes.
+        kv, prefixes: the KV cache of the room, by groups; and that of the only one, if it keeps prefixes.
         prefilled: requests whose prefill is complete and that decode elsewhere; the driver takes them out.
             They keep their KV blocks until they are released.
     """
@@ -87,15 +76,8 @@ class Scheduler:
         self.prefilled: list[Request] = []
         self.slos = slos
         self.sharding = sharding = sharding or Sharding()
-        self.kv = GroupedKVCache(kv_capacity_tokens, settings.block_tokens, settings.watermark, sharding)
-        self.prefixes: PrefixCache | None = None
-        if settings.prefix_caching and prefix_block_tokens is not None:
-            if sharding.groups > 1:
-                raise ValueError("prefixes aren't cached over several KVP groups")
-            self.prefixes = PrefixCache(
-                kv_capacity_tokens, settings.block_tokens, settings.watermark, prefix_block_tokens
-            )
-            self.kv.groups[0] = self.prefixes
+        self.room = Room(kv_capacity_tokens, settings, sharding, prefix_block_tokens, hands_over)
+        self.kv, self.prefixes = self.room.kv, self.room.prefixes
         self._slowest: SlowestGroup | None = None
         if sharding.groups > 1:
             if not isinstance(cost, ShardedCostModel):
@@ -112,7 +94,6 @@ class Scheduler:
         )
         self.priority = make_priority(settings, self.work)
         self.chunking = make_chunking(settings, self.cost)
-        self.running = 0
         self.outstanding = 0
         self.pending_prefill_tokens = 0
         self.preemptions = 0
@@ -122,7 +103,6 @@ class Scheduler:
         if sharding.groups > 1:
             self._lanes.append(Lane(self.priority, tuple(groups)))  # of the requests in several shards
         self._placement = PendingWork(sharding)
-        self._seats = [0] * sharding.groups  # requests that hold KV blocks in a group, or will
         self._memory_shut: set[int] = set()  # groups where somebody could not be admitted to the last batch
         self._next_batch_id = 0
         # With asynchronous scheduling, what has happened since the last batch was formed, which the next one
@@ -130,6 +110,11 @@ class Scheduler:
         self._unseen: list[Request] = []
         self._leaving: list[Request] = []
         self._news = False  # whether the last batch was formed without something that the next one knows
+
+    @property
+    def running(self) -> int:
+        """Requests that hold KV blocks: prefilling, decoding or in flight."""
+        return self.room.holders
 
     @property
     def waiting(self) -> int:
@@ -143,13 +128,13 @@ class Scheduler:
 
     def fits(self, request: Request) -> bool:
         """Whether the request could ever run here: its longest KV cache within the capacity."""
-        return self.kv.fits(0, self.kv.blocks_for(self._longest(request)))
+        return self.room.fits(request)
 
     def add(self, request: Request) -> None:
         """Take a request in. Its prefill work, its deadline and its home group are set here."""
         request.work_s = self.work.work_s(request.prompt_tokens)
         request.deadline_s = self.slos[request.slo_class].ttft.deadline_s(request.work_s)
-        request.shards = self.sharding.shards(self._longest(request))
+        request.shards = self.room.shards(request)
         self._placement.place(request)
         self.outstanding += 1
         self.pending_prefill_tokens += request.remaining_prefill_tokens
@@ -177,7 +162,7 @@ class Scheduler:
         for request in self._unseen:
             self._lane_of(request).unadmitted.push(request)
         for request in self._leaving:
-            self._give_back(request)
+            self.room.give_back(request)
         self._unseen.clear()
         self._leaving.clear()
         return news
@@ -252,7 +237,7 @@ class Scheduler:
             self._leaving += finished
         else:
             for request in finished:
-                self._give_back(request)
+                self.room.give_back(request)
         self.outstanding -= len(finished)
         return finished
 
@@ -260,7 +245,7 @@ class Scheduler:
 
     def release(self, request: Request) -> None:
         """A request from ``prefilled`` has left: its KV cache has been copied elsewhere."""
-        self._give_back(request)
+        self.room.give_back(request)
         self.outstanding -= 1
 
     def expect(self) -> None:
@@ -273,18 +258,7 @@ class Scheduler:
         for lane in self._lanes:
             if len(lane.unadmitted):
                 return None
-        shards = self.sharding.shards(self._longest(request))
-        blocks = self.kv.blocks_for(request.prefill_tokens)
-        for home in sorted(range(self.sharding.groups), key=lambda group: self.kv.groups[group].used_blocks):
-            groups = self._groups_at(home, shards)
-            has_seat = max([self._seats[group] for group in groups]) < self.settings.max_batch_requests
-            if has_seat and self.kv.can_admit(home, blocks):
-                self.kv.take(home, blocks)
-                self.running += 1
-                for group in groups:
-                    self._seats[group] += 1
-                return Reservation(request, home, shards, blocks)
-        return None
+        return self.room.reserve(request)
 
     def receive(self, reservation: Reservation) -> None:
         """The KV cache of a request has arrived, and nobody else holds it: it decodes from here on."""
@@ -312,32 +286,6 @@ class Scheduler:
     def _lane_of(self, request: Request) -> Lane:
         """Where the request waits and decodes."""
         return self._lanes[request.home if request.shards == 1 else -1]
-
-    def _groups_of(self, request: Request) -> Sequence[int]:
-        """The groups that the request will have taken when it is finished."""
-        return self._groups_at(request.home, request.shards)
-
-    def _groups_at(self, home: int, shards: int) -> Sequence[int]:
-        if shards == 1:
-            return self._lanes[home].groups
-        return [self.sharding.group(home, shard) for shard in range(shards)]
-
-    def _longest(self, request: Request) -> int:
-        """Tokens in the request's KV cache when it leaves: with its last output token, or its first."""
-        if self._hands_over:
-            return request.prompt_tokens
-        return request.prompt_tokens + request.output_tokens - 1
-
-    def _give_back(self, request: Request) -> None:
-        """Free the KV blocks of a request, and its seats."""
-        if self.prefixes is None:
-            self.kv.give_back(request.home, request.kv_blocks)
-        else:
-            self.prefixes.leave(request)
-        request.kv_blocks = 0
-        self.running -= 1
-        for group in self._groups_of(request):
-            self._seats[group] -= 1
 
     # -- decodes ----------------------------------------------------------------------------------------
 
@@ -435,7 +383,7 @@ class Scheduler:
             for lane in self._lanes
             if group in lane.groups
             for request in lane.preemptable()
-            if len(lane.groups) == 1 or group in self._groups_of(request)
+            if len(lane.groups) == 1 or group in self.room.groups_of(request)
         ]
         if not candidates:
             return False
@@ -447,7 +395,7 @@ class Scheduler:
         else:
             lane.admitted.remove(victim)
             self._placement.prefilled(victim)
-        self._give_back(victim)
+        self.room.give_back(victim)
         victim.prefill_tokens = victim.prompt_tokens + victim.generated_tokens
         victim.scheduled_tokens = victim.completed_tokens = 0
         victim.preemptions += 1
@@ -547,25 +495,17 @@ class Scheduler:
         return [sharding.group(request.home, shard) for shard in range(last + 1)]
 
     def _may_run(self, request: Request) -> bool:
-        """Whether the request holds its KV blocks or could be given them now: those of all the groups its
-        prefill needs, since taking them bit by bit can end with two requests waiting for each other."""
+        """Whether the request holds its KV blocks or could be given them now."""
         if request.kv_blocks:
             return True
-        groups = self._groups_of(request)
+        groups = self.room.groups_of(request)
         if self._memory_shut and not self._memory_shut.isdisjoint(groups):
             return False
-        has_seat = max([self._seats[group] for group in groups]) < self.settings.max_batch_requests
-        if has_seat and self._has_room(request):
+        if self.room.has_seat(groups) and self.room.has_blocks(request):
             return True
         if self.settings.admission == "in_order":
             self._memory_shut.update(groups)
         return False
-
-    def _has_room(self, request: Request) -> bool:
-        """Whether the KV blocks that its prefill needs are free."""
-        if self.prefixes is not None:
-            return self.prefixes.can_admit(self.prefixes.new_blocks(request))
-        return self.kv.can_admit(request.home, self.kv.blocks_for(request.prefill_tokens))
 
     def _skip_to(self, request: Request, tokens: int) -> None:
         """The first ``tokens`` tokens of a request not admitted yet are in the cache, it seems."""
@@ -581,14 +521,7 @@ class Scheduler:
 
     def _schedule(self, request: Request, tokens: int, batch: Batch, loads: Sequence[Load]) -> None:
         if request.kv_blocks == 0:
-            request.kv_blocks = self.kv.blocks_for(request.prefill_tokens)
-            if self.prefixes is None:
-                self.kv.take(request.home, request.kv_blocks)
-            else:
-                self.prefixes.admit(request)
-            self.running += 1
-            for group in self._groups_of(request):
-                self._seats[group] += 1
+            self.room.admit(request)
             if request.scheduled_s != request.scheduled_s:  # NaN: never before
                 request.scheduled_s = batch.formed_s
         context = request.scheduled_tokens
@@ -626,4 +559,4 @@ class Scheduler:
             return True
         if not self._memory_shut:
             return False
-        return self._seats[0] >= self.settings.max_batch_requests or self.priority.static
+        return not self.room.has_seat((0,)) or self.priority.static

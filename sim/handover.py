@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, Protocol
 import simpy
 
 from policies.request import Request
+from policies.room import Reservation
 from policies.routers import Router
-from policies.scheduler import Reservation
 from sim.network import Holding, Network, parts_between
 from sim.replica import Replica
 from traces.records import Recorder

@@ -9,7 +9,8 @@ import simpy
 
 from policies.batch import Batch, Load
 from policies.request import Request
-from policies.scheduler import Reservation, Scheduler
+from policies.room import Reservation
+from policies.scheduler import Scheduler
 from profiler.decode_run import DecodeRun
 from sim.cost import IterationCost
 from sim.network import Holding, Interval, Network, Port

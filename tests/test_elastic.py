@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from experiments.build import build
@@ -219,6 +219,8 @@ ROW = st.tuples(st.floats(0.0, 1.0), st.integers(1, 900), st.integers(1, 40))
     st.sampled_from([1008, 4000]),
     st.booleans(),
 )
+# Four prompts that together never fit the memory of the one instance there is.
+@example([(0.0, 1, 1)] * 3 + [(0.0, 145, 1), (0.0, 817, 1)], 1, 1, 0, 1008, False)
 @settings(max_examples=50, deadline=None)
 def test_every_request_finishes_and_no_instance_is_in_two_groups(
     rows: list[tuple[float, int, int]],
