@@ -57,6 +57,9 @@ def _head(figures: Mapping[str, Results]) -> Iterator[str]:
     missing = sorted({name for each in figures.values() for name in each.figure.stands_in})
     lengths = f"mixtures in place of {', '.join(missing)}" if missing else "the published mixes"
     yield f"Lengths: {lengths}. Code: `{code_version()}`."
+    waiting = [name for name, each in figures.items() if not all(each.summaries)]
+    if waiting:
+        yield f"Not computed yet, in full: {', '.join(waiting)}."
     yield ""
 
 
@@ -79,10 +82,10 @@ def _claims(figures: Mapping[str, Results]) -> Iterator[str]:
 def _loads(figures: Mapping[str, Results], plots: bool) -> Iterator[str]:
     yield _UNDER_LOAD
     for name, results in figures.items():
-        if name in _LOAD_FIGURES and any(results.summaries):
+        if name in _LOAD_FIGURES and all(results.summaries):
             columns = {title: (path, show) for title, path, show in _COLUMNS}
             yield from _section(results, columns, plots)
-        elif name in _SAME_RUNS and plots and any(results.summaries):
+        elif name in _SAME_RUNS and plots and all(results.summaries):
             yield from _section(results, {}, plots)
 
 
@@ -92,7 +95,7 @@ def _closed_forms(figures: Mapping[str, Results], plots: bool) -> Iterator[str]:
     yield "## One request at a time"
     yield ""
     for name, results in figures.items():
-        if name in (*_LOAD_FIGURES, *_SAME_RUNS) or not any(results.summaries):
+        if name in (*_LOAD_FIGURES, *_SAME_RUNS) or not all(results.summaries):
             continue
         columns: dict[str, tuple[str, Callable[[Any], str]]] = {}
         for panel in PANELS.get(name, ()):
