@@ -264,7 +264,7 @@ def test_waiting_for_an_arrival_neither_burns_the_processor_nor_oversleeps():
     records = engine.run()
     assert time.process_time() - began_s < 0.3
     assert records.requests["scheduled_s"].tolist() == requests.arrival_s.tolist()
-    assert records.host["schedule_s"][1] < 2e-3
+    assert records.host["schedule_s"][1] < 0.1  # what waiting by turns of a second would exceed
 
 
 def test_a_workload_without_times_needs_a_closed_loop():
