@@ -7,7 +7,6 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from experiments.binding import binding
@@ -20,24 +19,11 @@ from experiments.laboratory import Laboratory
 from experiments.load import dump_yaml, load_config
 from experiments.plan_config import CapacityConfig
 from experiments.plan_facts import capacity_json, is_edge_of_search
-from experiments.store import open_store, write_text
+from experiments.store import StudyOptions, open_store, write_text
 from experiments.tables import print_table
 from experiments.text import number, percent
 from experiments.trials import worst_attainment
 from traces.workload import Workload
-
-
-@dataclass(frozen=True, slots=True)
-class CapacityOptions:
-    """The options of ``convoy capacity``; see ``convoy capacity --help``."""
-
-    config: Path
-    overrides: Sequence[str] = ()
-    out: str | None = None
-    jobs: int | None = None
-    backend: str = "loky"
-    plots: bool = True
-    quiet: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +47,7 @@ class Found:
         return None if load is None or self.rate_rps is None else load * self.rate_rps
 
 
-def capacity(options: CapacityOptions) -> int:
+def capacity(options: StudyOptions) -> int:
     """Search the capacity of every combination under ``sweep``, or of the one configuration there is.
 
     Returns the exit status: 0, or 1 if one of them holds at no load.
@@ -91,13 +77,13 @@ def capacity(options: CapacityOptions) -> int:
     return 0 if all(each.capacity.load is not None for each in found) else 1
 
 
-def _config(options: CapacityOptions, changes: Mapping[str, Any]) -> Config:
+def _config(options: StudyOptions, changes: Mapping[str, Any]) -> Config:
     found = load_config(options.config, options.overrides, changes)
     return found.model_copy(update={"sweep": None, "plan": None, "capacity": None})
 
 
 def _search(
-    options: CapacityOptions, changes: Mapping[str, Any], settings: CapacityConfig, laboratory: Laboratory
+    options: StudyOptions, changes: Mapping[str, Any], settings: CapacityConfig, laboratory: Laboratory
 ) -> Found:
     base = _config(options, changes)
 

@@ -11,9 +11,9 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
+from experiments import commands
 from specs.errors import InputError
 
 _CONFIG_HELP = """\
@@ -61,229 +61,7 @@ def _complain(message: str, status: int) -> int:
     return status
 
 
-# -- the commands -----------------------------------------------------------------------------------------
-
-
-def _run(options: argparse.Namespace) -> int:
-    from experiments.run import RunOptions, run
-
-    return run(
-        RunOptions(
-            config=Path(options.config),
-            overrides=options.set,
-            out=options.out,
-            step_by_step=options.step_by_step,
-            batches=options.batches,
-            plots=not options.no_plots,
-            force=options.force,
-            quiet=options.quiet,
-            intervals=options.intervals,
-        )
-    )
-
-
-def _live(options: argparse.Namespace) -> int:
-    from experiments.live import live
-    from experiments.run import RunOptions
-
-    return live(
-        RunOptions(
-            config=Path(options.config),
-            overrides=options.set,
-            out=options.out,
-            plots=not options.no_plots,
-            force=options.force,
-            quiet=options.quiet,
-        )
-    )
-
-
-def _validate(options: argparse.Namespace) -> int:
-    from experiments.validate import ValidateOptions, validate
-
-    return validate(
-        ValidateOptions(
-            config=Path(options.config),
-            overrides=options.set,
-            cases=options.case,
-            replay=options.replay,
-            out=options.out,
-            plots=not options.no_plots,
-            force=options.force,
-            quiet=options.quiet,
-        )
-    )
-
-
-def _sweep(options: argparse.Namespace) -> int:
-    from experiments.sweep import SweepOptions, sweep
-
-    return sweep(
-        SweepOptions(
-            config=Path(options.config),
-            overrides=options.set,
-            out=options.out,
-            jobs=options.jobs,
-            backend=options.backend,
-            plots=not options.no_plots,
-            quiet=options.quiet,
-        )
-    )
-
-
-def _capacity(options: argparse.Namespace) -> int:
-    from experiments.capacity import CapacityOptions, capacity
-
-    return capacity(
-        CapacityOptions(
-            config=Path(options.config),
-            overrides=options.set,
-            out=options.out,
-            jobs=options.jobs,
-            backend=options.backend,
-            plots=not options.no_plots,
-            quiet=options.quiet,
-        )
-    )
-
-
-def _compare(options: argparse.Namespace) -> int:
-    from experiments.compare import compare
-
-    first, second = Path(options.first), Path(options.second)
-    return compare(first, second, options.out, plots=not options.no_plots, quiet=options.quiet)
-
-
-def _paper(options: argparse.Namespace) -> int:
-    from experiments.paper.command import PaperOptions, paper
-
-    return paper(
-        PaperOptions(
-            out=options.out,
-            only=options.only,
-            jobs=options.jobs,
-            document=options.doc,
-            as_is=options.as_is,
-            quiet=options.quiet,
-        )
-    )
-
-
-def _plan(options: argparse.Namespace) -> int:
-    from experiments.plan import PlanOptions, plan
-
-    return plan(
-        PlanOptions(
-            config=Path(options.config),
-            overrides=options.set,
-            out=options.out,
-            jobs=options.jobs,
-            backend=options.backend,
-            plots=not options.no_plots,
-            quiet=options.quiet,
-        )
-    )
-
-
-def _measure(options: argparse.Namespace) -> int:
-    from experiments.measure import MeasureOptions, measure
-
-    return measure(
-        MeasureOptions(
-            config=Path(options.config),
-            endpoint=options.endpoint,
-            model=options.model,
-            key=os.environ.get("OPENAI_API_KEY"),
-            overrides=options.set,
-            out=options.out,
-            force=options.force,
-            quiet=options.quiet,
-        )
-    )
-
-
-def _calibrate(options: argparse.Namespace) -> int:
-    from experiments.calibrate import CalibrateOptions, calibrate
-
-    return calibrate(
-        CalibrateOptions(
-            records=Path(options.records),
-            config=Path(options.config),
-            overrides=options.set,
-            share=options.share,
-            out=None if options.out is None else Path(options.out),
-            force=options.force,
-        )
-    )
-
-
-def _predict(options: argparse.Namespace) -> int:
-    from experiments.predict import PredictOptions, predict
-
-    return predict(
-        PredictOptions(
-            model=options.model,
-            device=options.device,
-            source=options.source,
-            weight_dtype=options.weight_dtype,
-            kv_dtype=options.kv_dtype,
-            profile=None if options.profile is None else Path(options.profile),
-            tp=options.tp,
-            spp=options.spp,
-            kvp=options.kvp,
-            kvp_tokens_per_group=options.kvp_tokens_per_group,
-            cp=options.cp,
-            ring=options.ring,
-            chunk=options.chunk,
-            decodes=options.decodes,
-            context=options.context,
-            as_json=options.json,
-        )
-    )
-
-
-def _profile(options: argparse.Namespace) -> int:
-    from experiments.profiles import profile_device
-
-    return profile_device(options)
-
-
-def _train(options: argparse.Namespace) -> int:
-    from experiments.profiles import train_profile
-
-    out = None if options.out is None else Path(options.out)
-    return train_profile(
-        Path(options.profile), out, compare=not options.no_compare, plot=not options.no_plots
-    )
-
-
-def _import(options: argparse.Namespace) -> int:
-    from experiments.profiles import import_tables
-
-    return import_tables(
-        options.what, options.tables, options.device, options.model, Path(options.out), force=options.force
-    )
-
-
-def _describe(options: argparse.Namespace) -> int:
-    from experiments.trace_files import describe_file
-
-    return describe_file(Path(options.file), options.format, as_json=options.json)
-
-
-def _convert(options: argparse.Namespace) -> int:
-    from experiments.trace_files import convert_file
-
-    return convert_file(Path(options.file), options.format, Path(options.out), force=options.force)
-
-
-def _list(options: argparse.Namespace) -> int:
-    from experiments.listing import show
-
-    return show(options.what)
-
-
-# -- what they take ---------------------------------------------------------------------------------------
+# -- what the commands take ------------------------------------------------------------------------------
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -293,25 +71,25 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Exit status: 0 done, 1 failed or outside tolerance, 2 bad input, 130 stopped by Ctrl-C.",
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and leave")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    _add_run(commands.add_parser("run", help="simulate a configuration"))
-    _add_live(commands.add_parser("live", help="serve a configuration on the live runtime"))
-    _add_validate(commands.add_parser("validate", help="compare a simulation with live runs, rung by rung"))
-    _add_measure(commands.add_parser("measure", help="send a configuration's workload to a running server"))
-    _add_calibrate(commands.add_parser("calibrate", help="fit the host's time to a measured run"))
-    _add_sweep(commands.add_parser("sweep", help="simulate a grid of configurations, resumable"))
-    _add_paper(commands.add_parser("paper", help="compute the figures of Medha's paper, resumable"))
-    _add_plan(commands.add_parser("plan", help="search the cheapest deployment that holds the SLOs"))
-    _add_capacity(commands.add_parser("capacity", help="search the highest load at which the SLOs hold"))
-    _add_compare(commands.add_parser("compare", help="compare two runs, metric by metric"))
-    _add_predict(commands.add_parser("predict", help="predict one iteration, operator by operator"))
-    _add_profile(commands.add_parser("profile", help="measure kernel times on the device that is here"))
-    _add_train(commands.add_parser("train", help="fit predictors to a profile, show held-out errors"))
-    _add_import(commands.add_parser("import", help="turn published kernel times into a profile"))
-    _add_traces(commands.add_parser("traces", help="describe or convert a trace of requests"))
-    listing = commands.add_parser("list", help="list what there is")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_run(subparsers.add_parser("run", help="simulate a configuration"))
+    _add_live(subparsers.add_parser("live", help="serve a configuration on the live runtime"))
+    _add_validate(subparsers.add_parser("validate", help="compare a simulation with live runs, rung by rung"))
+    _add_measure(subparsers.add_parser("measure", help="send a configuration's workload to a running server"))
+    _add_calibrate(subparsers.add_parser("calibrate", help="fit the host's time to a measured run"))
+    _add_sweep(subparsers.add_parser("sweep", help="simulate a grid of configurations, resumable"))
+    _add_paper(subparsers.add_parser("paper", help="compute the figures of Medha's paper, resumable"))
+    _add_plan(subparsers.add_parser("plan", help="search the cheapest deployment that holds the SLOs"))
+    _add_capacity(subparsers.add_parser("capacity", help="search the highest load at which the SLOs hold"))
+    _add_compare(subparsers.add_parser("compare", help="compare two runs, metric by metric"))
+    _add_predict(subparsers.add_parser("predict", help="predict one iteration, operator by operator"))
+    _add_profile(subparsers.add_parser("profile", help="measure kernel times on the device that is here"))
+    _add_train(subparsers.add_parser("train", help="fit predictors to a profile, show held-out errors"))
+    _add_import(subparsers.add_parser("import", help="turn published kernel times into a profile"))
+    _add_traces(subparsers.add_parser("traces", help="describe or convert a trace of requests"))
+    listing = subparsers.add_parser("list", help="list what there is")
     listing.add_argument("what", choices=("models", "devices", "policies", "profiles"))
-    listing.set_defaults(run=_list)
+    listing.set_defaults(run=commands.do_list)
     return parser
 
 
@@ -340,7 +118,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="replay with kernel times as far off as they may be: intervals of TTFT and TPOT",
     )
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=commands.do_run)
 
 
 def _add_live(parser: argparse.ArgumentParser) -> None:
@@ -350,7 +128,7 @@ def _add_live(parser: argparse.ArgumentParser) -> None:
         "what has finished. Runs under torchrun as well."
     )
     _add_common(parser)
-    parser.set_defaults(run=_live)
+    parser.set_defaults(run=commands.do_live)
 
 
 def _add_validate(parser: argparse.ArgumentParser) -> None:
@@ -369,7 +147,7 @@ def _add_validate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--replay", metavar="DIR", help="runs that are on disk already: run nothing, compare with them"
     )
-    parser.set_defaults(run=_validate)
+    parser.set_defaults(run=commands.do_validate)
 
 
 def _add_measure(parser: argparse.ArgumentParser) -> None:
@@ -387,7 +165,7 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", help="where results go; default out/NAME.measured")
     parser.add_argument("--force", action="store_true", help="let --out replace an earlier run")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
-    parser.set_defaults(run=_measure)
+    parser.set_defaults(run=commands.do_measure)
 
 
 def _add_calibrate(parser: argparse.ArgumentParser) -> None:
@@ -406,7 +184,7 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", metavar="FILE.yaml", help="write the configuration with what was found")
     parser.add_argument("--force", action="store_true", help="replace the file")
-    parser.set_defaults(run=_calibrate)
+    parser.set_defaults(run=commands.do_calibrate)
 
 
 def _add_sweep(parser: argparse.ArgumentParser) -> None:
@@ -416,7 +194,7 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
         "the rest is done."
     )
     _add_store(parser, "sweep")
-    parser.set_defaults(run=_sweep)
+    parser.set_defaults(run=commands.do_sweep)
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
@@ -427,7 +205,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = "Exit status: 0, 1 if no deployment holds, 2 bad input, 130 stopped by Ctrl-C."
     _add_store(parser, "plan")
-    parser.set_defaults(run=_plan)
+    parser.set_defaults(run=commands.do_plan)
 
 
 def _add_capacity(parser: argparse.ArgumentParser) -> None:
@@ -438,7 +216,7 @@ def _add_capacity(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = "Exit status: 0, 1 if one holds at no load, 2 bad input, 130 stopped by Ctrl-C."
     _add_store(parser, "capacity")
-    parser.set_defaults(run=_capacity)
+    parser.set_defaults(run=commands.do_capacity)
 
 
 def _add_compare(parser: argparse.ArgumentParser) -> None:
@@ -448,7 +226,7 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", help="where the report goes; default out/A-against-B")
     parser.add_argument("--no-plots", action="store_true", help="leave the plots out")
     parser.add_argument("--quiet", action="store_true", help="no table")
-    parser.set_defaults(run=_compare)
+    parser.set_defaults(run=commands.do_compare)
 
 
 def _add_store(parser: argparse.ArgumentParser, kind: str) -> None:
@@ -478,7 +256,7 @@ def _add_paper(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--doc", metavar="FILE.md", help="write the document there too, besides DIR/paper.md")
     parser.add_argument("--as-is", action="store_true", help="compute nothing: show what is there")
     parser.add_argument("--quiet", action="store_true", help="no progress, no last line")
-    parser.set_defaults(run=_paper)
+    parser.set_defaults(run=commands.do_paper)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -523,14 +301,14 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-dtype", choices=("bf16", "fp8", "fp32"), help=usual)
     parser.add_argument("--profile", metavar="DIR", help="a profile of your own")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(run=_predict)
+    parser.set_defaults(run=commands.do_predict)
 
 
 def _add_profile(parser: argparse.ArgumentParser) -> None:
     from profiler.measure.arguments import add_arguments
 
     add_arguments(parser)
-    parser.set_defaults(run=_profile)
+    parser.set_defaults(run=commands.do_profile)
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
@@ -542,7 +320,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FILE", help="where the predictor goes; default: into the profile")
     parser.add_argument("--no-compare", action="store_true", help="leave the other kinds of models out")
     parser.add_argument("--no-plots", action="store_true", help="leave the plot out")
-    parser.set_defaults(run=_train)
+    parser.set_defaults(run=commands.do_train)
 
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
@@ -557,7 +335,7 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", required=True, help="a name from `convoy list devices`")
     parser.add_argument("--out", required=True, metavar="DIR", help="where to put the profile's folder")
     parser.add_argument("--force", action="store_true", help="replace a profile that is there")
-    parser.set_defaults(run=_import)
+    parser.set_defaults(run=commands.do_import)
 
 
 def _add_traces(parser: argparse.ArgumentParser) -> None:
@@ -566,7 +344,7 @@ def _add_traces(parser: argparse.ArgumentParser) -> None:
     describe.add_argument("file", metavar="FILE")
     describe.add_argument("--format", default="auto", help="default: recognised from the file")
     describe.add_argument("--json", action="store_true", help="print JSON")
-    describe.set_defaults(run=_describe)
+    describe.set_defaults(run=commands.do_describe)
     convert = actions.add_parser("convert", help="rewrite a trace as arrival_s,prompt_tokens,output_tokens")
     convert.add_argument("file", metavar="FILE")
     convert.add_argument("--format", default="auto", help="default: recognised from the file")
@@ -574,7 +352,7 @@ def _add_traces(parser: argparse.ArgumentParser) -> None:
         "--out", required=True, metavar="FILE.csv", help="what to write; .csv.gz is compressed"
     )
     convert.add_argument("--force", action="store_true", help="overwrite the file")
-    convert.set_defaults(run=_convert)
+    convert.set_defaults(run=commands.do_convert)
 
 
 def _count(text: str) -> int:

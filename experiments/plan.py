@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from experiments.plan_config import CapacityConfig, PlanConfig
 from experiments.plan_facts import PlanFacts, as_json
 from experiments.run import RunOptions, run
 from experiments.search import Findings, Search
-from experiments.store import open_store, write_text
+from experiments.store import StudyOptions, open_store, write_text
 from experiments.trials import Trial, worst_attainment
 from specs import InputError, get_model
 from traces.build import build_workload
@@ -29,20 +29,7 @@ from traces.workload import Workload
 _MOST_HEADROOM = 4.0  # times the traffic; more isn't looked for
 
 
-@dataclass(frozen=True, slots=True)
-class PlanOptions:
-    """The options of ``convoy plan``; see ``convoy plan --help``."""
-
-    config: Path
-    overrides: Sequence[str] = ()
-    out: str | None = None
-    jobs: int | None = None
-    backend: str = "loky"
-    plots: bool = True
-    quiet: bool = False
-
-
-def plan(options: PlanOptions) -> int:
+def plan(options: StudyOptions) -> int:
     """Search, check, write plan.json and report.html, print the answer.
 
     Returns the exit status: 0, or 1 if no deployment holds the SLOs.
@@ -74,7 +61,7 @@ def plan(options: PlanOptions) -> int:
 class _Planner:
     """Carries one plan through its steps."""
 
-    def __init__(self, options: PlanOptions, config: Config, settings: PlanConfig) -> None:
+    def __init__(self, options: StudyOptions, config: Config, settings: PlanConfig) -> None:
         self.path, self.overrides = options.config, options.overrides
         self.config, self.settings = config, settings
         self.model = get_model(config.model)
@@ -166,7 +153,7 @@ def _failed(deployment: Deployment, found: Findings) -> bool:
     return deployment in found.ruled_out or (trial is not None and trial.lost)
 
 
-def _run_choice(facts: PlanFacts, options: PlanOptions) -> None:
+def _run_choice(facts: PlanFacts, options: StudyOptions) -> None:
     """Leave the choice's configuration and its run, with plots and timeline, in the plan's folder."""
     assert facts.choice is not None
     cell = cell_of(facts.choice.deployment, options.config, options.overrides, 1.0, None)

@@ -35,6 +35,19 @@ class Outcome:
     error: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class StudyOptions:
+    """The options of ``convoy sweep``, ``plan`` and ``capacity``; their ``--help`` says what they mean."""
+
+    config: Path
+    overrides: Sequence[str] = ()
+    out: str | None = None
+    jobs: int | None = None
+    backend: str = "loky"
+    plots: bool = True
+    quiet: bool = False
+
+
 def open_store(out: str | None, default: str, kind: str, text: str) -> Path:
     """The folder to write to or to go on in: ``out``, or else ``out/DEFAULT.KIND``.
 

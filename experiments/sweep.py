@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from experiments.grid import Cell, cells
 from experiments.load import dump_yaml, load_config
-from experiments.store import Outcome, is_finished, open_store, read_summary, run_cells
+from experiments.store import Outcome, StudyOptions, is_finished, open_store, read_summary, run_cells
 from experiments.tables import print_table
 from experiments.text import number, percent, seconds
 
@@ -27,20 +26,7 @@ _HEADLINES: Mapping[str, Callable[[float], str]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class SweepOptions:
-    """The options of ``convoy sweep``; see ``convoy sweep --help``."""
-
-    config: Path
-    overrides: Sequence[str] = ()
-    out: str | None = None
-    jobs: int | None = None
-    backend: str = "loky"
-    plots: bool = True
-    quiet: bool = False
-
-
-def sweep(options: SweepOptions) -> int:
+def sweep(options: StudyOptions) -> int:
     """Simulate all cells that haven't finished yet, and write the table of results.
 
     Returns the exit status: 0, 1 if cells have failed, 130 after Ctrl-C.
