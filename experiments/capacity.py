@@ -14,7 +14,7 @@ from experiments.build import build
 from experiments.capacity_search import Capacity, find_capacity
 from experiments.config import Config
 from experiments.deployments import at_load, is_random
-from experiments.grid import Cell, cell_id, combinations
+from experiments.grid import Cell, combinations
 from experiments.laboratory import Laboratory
 from experiments.load import dump_yaml, load_config
 from experiments.plan_config import CapacityConfig
@@ -91,7 +91,7 @@ def _search(
         cells = []
         for seed in seeds:
             config = _config(options, {**changes, **at_load(base, load), "seed": base.seed + seed})
-            cells.append(Cell(changes, config, cell_id(config)))
+            cells.append(Cell.of(changes, config))
         what = ", ".join(map(str, changes.values()))
         return laboratory.summaries(cells, f"{what} at {load:g} × the load".strip())
 

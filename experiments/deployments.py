@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from experiments.config import Config
-from experiments.grid import Cell, cell_id
+from experiments.grid import Cell
 from experiments.load import load_config
 from experiments.plan_config import PlanConfig
 from experiments.separate import check_sharding
@@ -165,7 +165,7 @@ def cell_of(
     config = load_config(path, overrides, changes).model_copy(
         update={"sweep": None, "plan": None, "capacity": None}
     )
-    return Cell(changes, config, cell_id(config))
+    return Cell.of(changes, config)
 
 
 def at_load(config: Config, load: float) -> dict[str, Any]:

@@ -32,13 +32,24 @@ class Cell:
 
     Attributes:
         changes: what it changes, by dotted keys.
-        config: the whole of it, without the sweep.
+        text: the whole of it, without the sweep, as JSON: of large grids all cells are held at once, and as
+            text they take a fifth.
         id: a hash of all that its result depends on: configuration, files it names, Convoy's own code.
     """
 
     changes: Mapping[str, Any]
-    config: Config
+    text: str
     id: str
+
+    @classmethod
+    def of(cls, changes: Mapping[str, Any], config: Config, id: str | None = None) -> Cell:
+        """The cell of a configuration, known by ``id`` if its result depends on more than a simulation's."""
+        return cls(changes, json.dumps(dump(config)), id or cell_id(config))
+
+    @property
+    def config(self) -> Config:
+        """The configuration."""
+        return Config.model_validate(json.loads(self.text))
 
 
 def cells(path: Path, overrides: Sequence[str] = ()) -> list[Cell]:
@@ -58,7 +69,7 @@ def cells(path: Path, overrides: Sequence[str] = ()) -> list[Cell]:
     found = []
     for changes in combinations(config.sweep):
         cell = load_config(path, overrides, changes).model_copy(update={"sweep": None})
-        found.append(Cell(changes, cell, cell_id(cell)))
+        found.append(Cell.of(changes, cell))
     return found
 
 

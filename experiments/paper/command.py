@@ -137,7 +137,7 @@ def _folder(name: str | None) -> Path:
 def _compute(cell: PaperCell, *, folder: Path) -> Outcome:
     """Compute one cell and keep it; in a process of its own."""
     if isinstance(cell.work, Config):
-        whole = Cell(cell.labels, cell.work, cell.id)
+        whole = Cell.of(cell.labels, cell.work, cell.id)
         return run_cell(whole, where="convoy paper", folder=folder, summarize=measures.measure_run)
     measure = {"predictions": measures.measure_prediction, "decisions": measures.measure_decisions}[cell.kind]
     return keep_result(cell.id, folder, partial(measure, cell.work))
