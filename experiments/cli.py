@@ -289,6 +289,12 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cp", type=_count, default=1, help="context parallelism: ranks in a ring")
     parser.add_argument("--ring", choices=("striped", "contiguous"), default="striped", help="its tokens")
     parser.add_argument(
+        "--ring-merge",
+        choices=("end", "step", "eager"),
+        default="step",
+        help="when its partial results are merged: at the end, after each step, or so by PyTorch's operators",
+    )
+    parser.add_argument(
         "--chunk", type=_tokens, default=0, metavar="C", help="prompt tokens in the iteration"
     )
     parser.add_argument("--decodes", type=_tokens, default=0, metavar="B", help="decodes in the iteration")

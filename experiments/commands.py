@@ -151,6 +151,7 @@ def do_predict(options: argparse.Namespace) -> int:
             kvp_tokens_per_group=options.kvp_tokens_per_group,
             cp=options.cp,
             ring=options.ring,
+            ring_merge=options.ring_merge,
             chunk=options.chunk,
             decodes=options.decodes,
             context=options.context,

@@ -37,7 +37,8 @@ NOT_VARIED = ("name", "sweep", "plan", "capacity")  # by a sweep, a case or a po
 
 class HostConfig(Section):
     """Seconds that the host adds to each iteration; ``root_s`` times the root of its requests, ``prefill_s``
-    to one with prompt tokens, ``ranks_s`` to one that several ranks execute."""
+    to one with prompt tokens, ``ranks_s`` to one that several ranks execute, ``stage_s`` to each hand-over
+    between stages."""
 
     base_s: NotNegative = 0.0
     per_request_s: NotNegative = 0.0
@@ -45,6 +46,7 @@ class HostConfig(Section):
     prefill_s: NotNegative = 0.0
     per_prefill_token_s: NotNegative = 0.0
     ranks_s: NotNegative = 0.0
+    stage_s: NotNegative = 0.0
 
 
 class PredictorConfig(Section):
@@ -93,6 +95,7 @@ class ParallelConfig(Section):
     kvp_tokens_per_group: Count = 524288
     cp: Count = 1
     ring: Literal["striped", "contiguous"] = "striped"
+    ring_merge: Literal["end", "step", "eager"] = "step"
     elastic: ElasticConfig | None = None
     decode: DecodeConfig | None = None
 

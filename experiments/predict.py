@@ -37,6 +37,7 @@ class PredictOptions:
     kvp_tokens_per_group: int = 524288
     cp: int = 1
     ring: Literal["striped", "contiguous"] = "striped"
+    ring_merge: Literal["end", "step", "eager"] = "step"
     chunk: int = 0
     decodes: int = 0
     context: int = 0
@@ -84,6 +85,7 @@ def iteration_model(options: PredictOptions) -> tuple[ModelSpec, DeviceSpec, Ite
         kvp_tokens_per_group=options.kvp_tokens_per_group,
         cp=options.cp,
         ring=options.ring,
+        ring_merge=options.ring_merge,
     )
     parallel.check(model, device)
     kernels = load_kernels(

@@ -120,7 +120,7 @@ class IterationModel:
         """Seconds of all but attention, over all layers and stages: see ``CostModel.tokens_s``."""
         by_tokens = self._tokens_table[tokens] if tokens < self._dense else self._tokens_line.at(tokens)
         by_rows = self._rows_table[rows] if rows < len(self._rows_table) else self._rows_line.at(rows)
-        return by_tokens + by_rows + self.host_s(tokens, requests)
+        return by_tokens + by_rows + self.host_s(tokens, requests) + self.handovers_host_s
 
     def chunk_attention_s(self, chunk_tokens: int, context_tokens: int) -> float:
         """Seconds of attention of one chunk, over all layers."""
@@ -194,7 +194,12 @@ class IterationModel:
 
     def handover_s(self, tokens: int, stage: int) -> float:
         """Seconds to hand the activations of ``tokens`` tokens to ``stage`` from the one before it."""
-        return self._handover_lines[self._handed_between_nodes[stage]].at(tokens)
+        return self._handover_lines[self._handed_between_nodes[stage]].at(tokens) + self.host.stage_s
+
+    @property
+    def handovers_host_s(self) -> float:
+        """Seconds of the host's work in all hand-overs of an iteration."""
+        return self.host.stage_s * (self.parallel.spp - 1)
 
     def tokens_outside_s(self, tokens: int, rows: int, requests: int) -> float:
         """Of ``tokens_s``, the seconds of operators outside what was measured: extrapolated, or without any
@@ -203,7 +208,7 @@ class IterationModel:
         found = self._tokens_outside[tokens] if dense else self._tokens_outside_line.at(tokens)
         found += self._rows_outside[min(rows, len(self._rows_outside) - 1)]
         if self.host.source == "assumed":
-            found += self.host_s(tokens, requests)
+            found += self.host_s(tokens, requests) + self.handovers_host_s
         return found
 
     def host_s(self, tokens: int, requests: int) -> float:
@@ -267,6 +272,10 @@ class IterationModel:
         requests = len(chunks) + decodes
         host_s = self.host_s(sum(chunk for chunk, _ in chunks) + decodes, requests)
         result.append(OperatorRow("host overhead", host_s, 0.0, self.host.source, False))
+        if self.handovers_host_s:
+            result.append(
+                OperatorRow("host, hand-overs", self.handovers_host_s, 0.0, self.host.source, False)
+            )
         return result
 
     # -- work, for utilisation --------------------------------------------------------------------------

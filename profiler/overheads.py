@@ -24,6 +24,7 @@ class HostOverhead:
             one CUDA graph, and all else kernel by kernel.
         per_prefill_token_s: of each token beyond one a request.
         ranks_s: of one that several ranks execute, for the messages to them and back.
+        stage_s: of each hand-over from one stage to the next.
     """
 
     base_s: float = 0.0
@@ -32,6 +33,7 @@ class HostOverhead:
     prefill_s: float = 0.0
     per_prefill_token_s: float = 0.0
     ranks_s: float = 0.0
+    stage_s: float = 0.0
     source: str = "assumed"
 
     def decodes_s(self, requests: int, ranks: int = 1) -> float:

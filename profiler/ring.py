@@ -18,7 +18,7 @@ from profiler.estimate import BoolArray, Estimate, FloatArray
 from profiler.iteration import IterationModel
 from profiler.kernels import Kernels
 from profiler.shards import ShardTimes
-from profiler.work import kvp_merge_bytes
+from profiler.work import eager_merge_bytes, kvp_merge_bytes, ring_merge_bytes
 from specs import ModelSpec, ParallelSpec
 from specs.topology import layout_of
 
@@ -29,8 +29,8 @@ class RingTimes:
 
     Attributes:
         attention: over the blocks of all steps, added up.
-        merges: of each step's partial result with the earlier ones, added up.
-        step_s: seconds that a rank computes in a step after the first, merge included.
+        merges: of the steps' partial results, added up.
+        step_s: seconds that a rank computes in a step after the first, its merge included if it has one.
         transfer: of one block of keys and values to the next rank; there is one for each step but the last.
         waiting_s: seconds that ranks wait for blocks, since a transfer takes longer than a step.
     """
@@ -46,8 +46,15 @@ class RingTimes:
         return np.asarray(self.attention.time_s + self.merges.time_s + self.waiting_s)
 
 
+_EAGER_KERNELS = 7  # four over the outputs, three over the log-sum-exps
+
+
 class Ring:
     """Times of ring and striped attention, one layer at a time.
+
+    Partial results are merged after each step into a sum in fp32, by one kernel (``ring_merge`` step) or by
+    the operators of PyTorch one after the other (eager), or all at once when the ring has gone round (end, as
+    in arXiv 2411.01783).
 
     Args:
         parallel: its ``cp`` ranks have ``tp`` GPUs each, which keep to themselves: every GPU sends the keys
@@ -65,6 +72,7 @@ class Ring:
         self._model, self._kernels = model, kernels
         self.ranks = parallel.cp
         self._striped = parallel.ring == "striped"
+        self._merging = parallel.ring_merge
         self._heads, self._kv_heads = model.num_heads // parallel.tp, model.num_kv_heads // parallel.tp
         nodes = {rank[0] for rank in layout_of(parallel, kernels.device.gpus_per_node).nodes}
         self.is_inter_node = len(nodes) > 1 if is_inter_node is None else is_inter_node
@@ -81,7 +89,7 @@ class Ring:
         heads = self._heads, self._kv_heads, self._model.head_dim
         first = kernels.prefill_attention(queries, cached, *heads)
         later = first if self._striped else kernels.shard_attention(queries, cached + queries, *heads)
-        merge = self._merge(queries)
+        merge, last = self._merge(queries), self._last_merge(queries)
         transfer = kernels.send_recv(self.block_bytes(chunk, context), self.is_inter_node)
         step_s = later.time_s + merge.time_s
         waiting_s = np.zeros_like(step_s)
@@ -94,7 +102,8 @@ class Ring:
             floor_s=first.floor_s + (ranks - 1) * later.floor_s,
             extrapolated=first.extrapolated | later.extrapolated,
         )
-        return RingTimes(attention, _times(merge, ranks - 1), step_s, transfer, waiting_s)
+        merges = _times(merge, ranks - 1) if last is None else last
+        return RingTimes(attention, merges, step_s, transfer, waiting_s)
 
     def block_bytes(self, chunk: FloatArray, context: FloatArray) -> FloatArray:
         """Keys and values of one block that a GPU sends on: ``2 · (context + chunk) ÷ p · h_kv · d``."""
@@ -124,10 +133,24 @@ class Ring:
         return np.asarray(times.transfer.time_s > times.step_s)
 
     def _merge(self, queries: FloatArray) -> Estimate:
-        """A step's partial output and log-sum-exp merged with what there was."""
-        head_dim, element = self._model.head_dim, self._kernels.activation_bytes
-        moved = kvp_merge_bytes(queries, np.full_like(queries, 2.0), self._heads, head_dim, element)
-        return self._kernels.elementwise(moved, kind="kvp_merge", rows=queries, shards=2)
+        """A step's partial output and log-sum-exp merged with what there was; nothing if that waits."""
+        shape = self._heads, self._model.head_dim, self._kernels.activation_bytes
+        if self._merging == "end":
+            return _times(self._kernels.elementwise(queries), 0)
+        if self._merging == "step":
+            moved = ring_merge_bytes(queries, *shape)
+            return self._kernels.elementwise(moved, kind="kvp_merge", rows=queries, shards=2)
+        moved = eager_merge_bytes(queries, *shape)
+        return _times(self._kernels.elementwise(moved / _EAGER_KERNELS, rows=queries), _EAGER_KERNELS)
+
+    def _last_merge(self, queries: FloatArray) -> Estimate | None:
+        """The merge of all partial results when the ring has gone round, if they have waited for it."""
+        if self._merging != "end":
+            return None
+        shape = self._heads, self._model.head_dim, self._kernels.activation_bytes
+        moved = kvp_merge_bytes(queries, np.full_like(queries, self.ranks), *shape)
+        merge = self._kernels.elementwise(moved, kind="kvp_merge", rows=queries, shards=self.ranks)
+        return _times(merge, 1 if self.ranks > 1 else 0)
 
 
 class RingModel(IterationModel):

@@ -127,7 +127,9 @@ class RooflineKernels:
         (num_bytes,) = broadcast(num_bytes)
         link = self.device.inter_node if inter_node else self.device.intra_node
         floor_s = num_bytes / link.bandwidth_bytes_per_s
-        return self._roofline(link.latency_s + floor_s, floor_s)
+        if inter_node and self.device.send_recv is not None:
+            link = self.device.send_recv
+        return self._roofline(link.latency_s + num_bytes / link.bandwidth_bytes_per_s, floor_s)
 
     def rest_of_layer(self, tokens: FloatArray, tp: int) -> Estimate | None:
         return None

@@ -56,6 +56,17 @@ def sampling_bytes(rows: FloatArray, vocab: int, element: int) -> FloatArray:
     return element * rows * vocab
 
 
+def ring_merge_bytes(tokens: FloatArray, heads: int, head_dim: int, element: int) -> FloatArray:
+    """A partial output merged into the sum so far, which is kept in fp32: both read, the sum written."""
+    return tokens * heads * (head_dim * (element + 8) + 3 * LSE_BYTES)
+
+
+def eager_merge_bytes(tokens: FloatArray, heads: int, head_dim: int, element: int) -> FloatArray:
+    """The same as four operators one after the other, ``sum − sigmoid(…) · (sum − partial.float())``, as in
+    github.com/zhuzilin/ring-flash-attention: a conversion, two differences and a product, all in fp32."""
+    return tokens * heads * (head_dim * (element + 4 + 12 + 8 + 12) + 6 * LSE_BYTES)
+
+
 def kvp_merge_bytes(
     tokens: FloatArray, shards: FloatArray, heads: int, head_dim: int, element: int
 ) -> FloatArray:

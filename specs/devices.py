@@ -44,6 +44,7 @@ class DeviceSpec:
     price_usd_per_hour: float  # of one GPU
     price_source: str
     source: str
+    send_recv: Link | None = None  # what a send and receive between nodes reaches, if less than its link
 
     def peak_flops_for(self, dtype: str) -> float:
         """Peak FLOP/s of matrix products in `dtype`.
@@ -105,6 +106,7 @@ def read_device(path: Path, name: str) -> DeviceSpec:
         price_usd_per_hour=fields.number("price_usd_per_hour"),
         price_source=fields.text("price_source"),
         source=fields.text("source"),
+        send_recv=_link(fields.mapping("send_recv"), f"{where}: send_recv") if "send_recv" in data else None,
     )
 
 

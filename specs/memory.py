@@ -84,7 +84,7 @@ class _Shape:
         first, last = stage == 0, stage == parallel.spp - 1
         weights = self._weights_bytes(parallel.tp, layers, first, last)
         unused = self.device.memory_bytes - math.floor(self.device.memory_bytes * self.memory_utilization)
-        reserved = unused + self._activation_bytes(parallel.tp, last)
+        reserved = unused + self._activation_bytes(parallel.tp, parallel.cp, last)
         kv_bytes = self.device.memory_bytes - weights - reserved
         per_token = 2 * layers * (self.model.kv_size // parallel.tp) * dtype_bytes(self.kv_dtype, "kv_dtype")
         capacity = max(0, kv_bytes // per_token) * parallel.cp  # a ring spreads every request evenly
@@ -105,17 +105,17 @@ class _Shape:
         size += vocabulary * (int(first) + int(last) - int(shared))
         return size + (model.hidden_size * other if last else 0)
 
-    def _activation_bytes(self, tp: int, last: bool) -> int:
+    def _activation_bytes(self, tp: int, cp: int, last: bool) -> int:
         """Largest set of activations alive at once, in bf16, and the logits, in fp32.
 
         Either attention (residual, its norm, q, k, v and the output) or the MLP (residual, its norm,
-        gate, up and their product) of `max_batch_tokens` tokens.
+        gate, up and their product) of `max_batch_tokens` tokens, of which a ring's rank has its share.
         """
         model = self.model
         attention = (2 * model.query_size + 2 * model.kv_size) // tp
         mlp = 3 * model.intermediate_size // tp
         element = max(2, dtype_bytes(self.weight_dtype, "weight_dtype"))
-        size = self.max_batch_tokens * (2 * model.hidden_size + max(attention, mlp)) * element
+        size = math.ceil(self.max_batch_tokens / cp) * (2 * model.hidden_size + max(attention, mlp)) * element
         if last:
             rows = min(self.max_batch_requests, self.max_batch_tokens)
             size += rows * math.ceil(model.vocab_size / tp) * 4

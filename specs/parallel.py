@@ -11,6 +11,7 @@ from specs.models import ModelSpec
 
 Pipeline = Literal["stream", "microbatch"]
 Ring = Literal["striped", "contiguous"]
+RingMerge = Literal["end", "step", "eager"]
 MAX_KVP = 1024  # groups of a replica; each has its own part in every batch
 MAX_CP = 1024
 
@@ -22,8 +23,8 @@ class ParallelSpec:
     Context parallelism is an alternative to the pipeline and to KV groups: ``cp`` > 1 goes with neither.
 
     Raises:
-        InputError: at construction, for a size that is not a positive whole number, an unknown pipeline or
-            ring, or dimensions that don't go together.
+        InputError: at construction, for a size that is not a positive whole number, an unknown pipeline,
+            ring or merge, or dimensions that don't go together.
     """
 
     replicas: int = 1
@@ -34,6 +35,7 @@ class ParallelSpec:
     kvp_tokens_per_group: int = 524288  # group g joins once a request has more than g times this many
     cp: int = 1  # context parallelism: the tokens of a prompt are split over so many ranks in a ring
     ring: Ring = "striped"  # which tokens a rank has: every cp-th, or a contiguous part
+    ring_merge: RingMerge = "step"  # of partial results: at the end, or each step by one or several kernels
 
     def __post_init__(self) -> None:
         for key in ("replicas", "tp", "spp", "kvp", "kvp_tokens_per_group", "cp"):
@@ -44,7 +46,7 @@ class ParallelSpec:
             raise InputError(f"parallel.kvp: {self.kvp} is more than {MAX_KVP}, the most that is simulated")
         if self.cp > MAX_CP:
             raise InputError(f"parallel.cp: {self.cp} is more than {MAX_CP}, the most that is simulated")
-        for key, kinds in (("pipeline", Pipeline), ("ring", Ring)):
+        for key, kinds in (("pipeline", Pipeline), ("ring", Ring), ("ring_merge", RingMerge)):
             value, known = getattr(self, key), get_args(kinds)
             if value not in known:
                 hint = did_you_mean(str(value), known)

@@ -112,12 +112,17 @@ def test_tensor_parallelism_splits_the_work_and_adds_collectives(source: str) ->
 
 def test_stage_times_and_handovers_add_up_to_the_iteration(cost: IterationModel) -> None:
     parallel = ParallelSpec(tp=8, spp=3)
-    staged = IterationModel(LLAMA_8B, cost.kernels, parallel, host=HostOverhead(1e-4, 1e-6))
+    staged = IterationModel(LLAMA_8B, cost.kernels, parallel, host=HostOverhead(1e-4, 1e-6, stage_s=2e-4))
     assert staged.stage_layers == (11, 11, 10)
     attention_s = staged.chunk_attention_s(512, 4096)
     times_s = staged.stage_times_s(512, 1, 1, attention_s)
     total_s = sum(times_s) + 2 * staged.handover_s(512, 1)
     assert total_s == pytest.approx(staged.tokens_s(512, 1, 1) + attention_s, rel=1e-9)
+    plain = staged.with_host(HostOverhead(1e-4, 1e-6))
+    assert staged.handover_s(512, 1) - plain.handover_s(512, 1) == pytest.approx(2e-4)
+    assert staged.tokens_s(512, 1, 1) - plain.tokens_s(512, 1, 1) == pytest.approx(2 * 2e-4)
+    rows = {row.name: row.time_s for row in staged.explain([(512, 4096)])}
+    assert rows["host, hand-overs"] == pytest.approx(2 * 2e-4)
 
 
 def test_host_overhead_is_added_once_an_iteration(cost: IterationModel) -> None:

@@ -19,7 +19,11 @@ from specs.devices import Link
 
 MODEL = get_model("llama-3-8b")
 H100 = replace(
-    get_device("h100-sxm"), intra_node=Link(400e9, 1e-6), inter_node=Link(50e9, 10e-6), kernel_launch_s=0.0
+    get_device("h100-sxm"),
+    intra_node=Link(400e9, 1e-6),
+    inter_node=Link(50e9, 10e-6),
+    send_recv=None,
+    kernel_launch_s=0.0,
 )
 
 
@@ -57,6 +61,25 @@ def test_the_quickest_is_taken_and_never_below_the_floor(size: float, ranks: int
     assert found >= floor_s(*arguments, H100)
     estimate = RooflineKernels(H100).all_reduce(size, ranks)
     assert estimate.time_s == pytest.approx(found)
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "measured_s"),
+    [  # bf16, heads of 128 (arXiv 2411.01783, tables 5 and 8)
+        (1 * 16 * 128 * 2, 32.3e-6),  # the queries of a decode, 16 heads
+        (800 * 16 * 128 * 2, 166e-6),
+        (3200 * 16 * 128 * 2, 544e-6),
+        (32_000 * 2 * 128 * 2, 627e-6),  # keys and values of one head
+        (32_000 * 2 * 128 * 2, 631e-6),
+    ],
+)
+def test_a_send_and_receive_between_nodes_takes_what_it_was_measured_to(
+    num_bytes: int, measured_s: float
+) -> None:
+    """Half of the data sheet's 50 GB/s; what is computed for hand-overs, rings and exchanges."""
+    estimate = RooflineKernels(get_device("h100-sxm")).send_recv(num_bytes, inter_node=True)
+    assert estimate.time_s == pytest.approx(measured_s, rel=0.07)
+    assert estimate.floor_s == pytest.approx(num_bytes / 50e9)
 
 
 # -- who shares a node --------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from experiments.paper.claims import compare, load_claims
 from experiments.paper.figures import PaperCell, PaperFigure, _mixtures, figure_names, load_figure
 from experiments.paper.measures import _of_requests, measure_prediction
 from experiments.paper.results import NotThere, Results
+from experiments.paper.ring_steps import needed_s, step_losses_s
 from policies.scheduler import SchedulerSettings
 from sim.cluster import Setup, simulate
 from tests.fakes import LinearCost
@@ -112,6 +113,15 @@ def test_claims_are_computed_from_what_was_found() -> None:
     found = compare(results("4", *cells), CLAIMS["P9"])
     assert found is not None
     assert found.text.startswith("1 of 2 static sizes")
+
+
+def test_what_a_step_would_have_to_take() -> None:
+    """CP on 16 ranks takes 3.5 s where the paper has 1.64 · 4 s: 3.06 s over 32 layers and 16 steps. Measured
+    elsewhere: 10.95 s on 4 where a quarter of the time on one is 10.5025, over 126 layers and 4 steps."""
+    assert needed_s(3.5, 4.0, 1.64, 16) == pytest.approx(3.06 / 512)
+    losses = step_losses_s(Results(load_figure("5d"), (None,) * 6))
+    assert list(losses) == [2, 4, 8, 16]
+    assert losses[4] == pytest.approx((10.95 - 10.5025) / (126 * 4))
 
 
 def test_a_claim_without_its_cells_is_not_computed() -> None:

@@ -13,7 +13,8 @@ from experiments.build import build
 from experiments.load import load_config
 from profiler.estimate import Estimate
 from profiler.iteration import IterationModel
-from profiler.kernels import RooflineKernels
+from profiler.kernels import RooflineKernels, load_kernels
+from profiler.physics import STREAM_EFFICIENCY
 from profiler.ring import Ring, RingModel
 from sim.cluster import simulate
 from specs import InputError, ModelSpec, ParallelSpec, fit_memory, get_device, get_model
@@ -166,6 +167,59 @@ def test_below_the_border_ranks_wait_and_above_it_they_dont() -> None:
     assert Ring(MODEL, RooflineKernels(device), ParallelSpec(tp=8)).overlap_tokens() == 0
 
 
+# -- beside what was measured elsewhere ---------------------------------------------------------------------
+
+# A ring of four hosts of 8 H100, TP8, Llama 3.1 405B: microseconds of a step's attention and of its SendRecv,
+# of so many new tokens, 128,000 with those before them (arXiv 2411.01783, table 5).
+MEASURED_STEPS = [(12_800, 1608e-6, 631e-6), (3_200, 414e-6, 627e-6)]
+
+
+@pytest.mark.parametrize(("tokens", "attention_s", "send_recv_s"), MEASURED_STEPS)
+def test_a_step_takes_what_it_was_measured_to(tokens: int, attention_s: float, send_recv_s: float) -> None:
+    parallel = ParallelSpec(tp=8, cp=4, ring_merge="end")
+    ring = Ring(get_model("llama-3.1-405b"), load_kernels(H100), parallel)
+    times = ring.attention(np.array([float(tokens)]), np.array([128_000.0 - tokens]))
+    assert times.step_s[0] == pytest.approx(attention_s, rel=0.2)
+    assert times.transfer.time_s[0] == pytest.approx(send_recv_s, rel=0.1)
+    assert (times.waiting_s[0] > 0) == (send_recv_s > attention_s)
+
+
+# Forward passes a second of 8 ranks with 8,192 tokens of Llama 3.1 8B each: as many attentions without a
+# ring, zigzag, striped (README of github.com/zhuzilin/ring-flash-attention).
+PUBLIC_RINGS = [("h100-sxm", 591.5 / 8, 63.0, 55.0), ("a100-80gb-sxm", 373.4 / 8, 38.2, 32.5)]
+
+
+@pytest.mark.parametrize(("device", "alone", "zigzag", "striped"), PUBLIC_RINGS)
+def test_eager_merges_cost_what_the_rings_of_pytorch_lose(
+    device: str, alone: float, zigzag: float, striped: float
+) -> None:
+    """What a public ring loses beyond its attention: half of a zigzag ring's merges are of half the rows, a
+    striped one copies slices besides. Ours lies between; fused merges would cost less than either lost."""
+
+    def merges_s(ring_merge: Any) -> float:
+        parallel = ParallelSpec(cp=8, ring_merge=ring_merge)
+        ring = Ring(MODEL, load_kernels(get_device(device)), parallel)
+        times = ring.attention(np.array([65_536.0]), np.array([0.0]))
+        return float((times.merges.time_s + times.waiting_s)[0])
+
+    assert 1 / zigzag - 1 / alone < merges_s("eager") < 1 / striped - 1 / alone
+    assert merges_s("end") < merges_s("step") < 1 / zigzag - 1 / alone
+
+
+def test_merges_by_hand() -> None:
+    """2,000 queries a rank, 32 heads of 128, four ranks: bytes ÷ (3.35 TB/s · 0.9), and a launch a kernel."""
+    rows = 2000 * 32
+
+    def merges_s(ring_merge: Any) -> float:
+        ring = Ring(MODEL, RooflineKernels(H100), ParallelSpec(cp=4, ring_merge=ring_merge))
+        return float(ring.attention(np.array([8000.0]), np.array([0.0])).merges.time_s[0])
+
+    rate = 3.35e12 * STREAM_EFFICIENCY
+    assert merges_s("end") == pytest.approx(3e-6 + rows * (5 * 128 * 2 + 4 * 4) / rate)
+    assert merges_s("step") == pytest.approx(3 * (3e-6 + rows * (128 * (4 + 2 + 4) + 3 * 4) / rate))
+    assert merges_s("eager") == pytest.approx(3 * (7 * 3e-6 + rows * (128 * 38 + 6 * 4) / rate))
+
+
 # -- as a system --------------------------------------------------------------------------------------------
 
 YAML = """
@@ -199,9 +253,21 @@ def test_a_prefill_holds_its_ranks_to_the_end(tmp_path: Path) -> None:
     assert records.requests["scheduled_s"][1] == records.requests["first_token_s"][0]  # behind the convoy
 
 
+def test_a_rank_holds_the_activations_of_its_share() -> None:
+    """1M tokens on 8 ranks: 125,000 · (2 · 4,096 + 3 · 14,336) elements of 2 bytes each, and the logits."""
+    one, eight = (
+        fit_memory(MODEL, H100, ParallelSpec(cp=cp), max_batch_tokens=tokens).reserved_bytes
+        for cp, tokens in ((1, 125_000), (8, 1_000_000))
+    )
+    assert one == eight
+    assert eight - H100.memory_bytes // 10 == pytest.approx(125_000 * 51_200 * 2 + 256 * 128_256 * 4, abs=2)
+
+
 def test_every_rank_adds_its_memory() -> None:
     one, four = (
-        fit_memory(MODEL, get_device("a100-80gb-sxm"), ParallelSpec(tp=2, cp=cp)).kv_capacity_tokens
+        fit_memory(
+            MODEL, get_device("a100-80gb-sxm"), ParallelSpec(tp=2, cp=cp), max_batch_tokens=cp * 8192
+        ).kv_capacity_tokens
         for cp in (1, 4)
     )
     assert four == 4 * one
@@ -214,6 +280,7 @@ def test_every_rank_adds_its_memory() -> None:
         ("parallel.kvp=2", r"parallel.cp: 4 ranks in a ring don't go together with parallel.kvp 2"),
         ("scheduler.chunking=static", r"parallel.cp: .* scheduler.chunking must be whole, and is static"),
         ("parallel.ring=round", r"parallel.ring: .*'round'"),
+        ("parallel.ring_merge=late", r"parallel.ring_merge: .*'late'"),
         ("parallel.cp=5000", r"parallel.cp: 5000 is more than 1024"),
     ],
 )

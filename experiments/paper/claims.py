@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import yaml
 
 from experiments.paper.figures import FOLDER
 from experiments.paper.results import NotThere, Results
+from experiments.paper.ring_steps import PAPER as PAPER_CP
 from experiments.text import number, percent, seconds
 
 Figures = Mapping[str, Results]
+
+_EAGER = "each step, eagerly"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +71,13 @@ def _p2(figures: Figures) -> Found:
         / figures["3a"].get("longest_batch_s", system="Medha", gpus=gpus)
         for gpus in figures["3a"].labels("gpus")
     ]
-    return Found(f"{number(min(ratios))}–{number(max(ratios))}×")
+    alone = [
+        figures["5c"].get("longest_batch_s", merged=_EAGER, gpus=gpus)
+        / figures["3a"].get("longest_batch_s", system="Medha", gpus=gpus)
+        for gpus in figures["3a"].labels("gpus")
+    ]
+    text = f"{number(min(ratios))}–{number(max(ratios))}×"
+    return Found(f"{text}; rings of single GPUs: {number(min(alone))}–{number(max(alone))}×")
 
 
 def _p3(figures: Figures) -> Found:
@@ -77,15 +86,22 @@ def _p3(figures: Figures) -> Found:
 
 
 def _p4(figures: Figures) -> Found:
-    ratios = [
-        figures["5b"].get("ttft_s.max", system="CP + TP", gpus=gpus)
-        / figures["5b"].get("ttft_s.max", system="SPP + TP", gpus=gpus)
-        for gpus in (8, 16, 32, 64, 128)
-    ]
-    paper = (1.10, 1.08, 1.08, 1.29, 1.64)
-    apart = [ours / theirs for ours, theirs in zip(ratios, paper, strict=True)]
-    farthest = max(apart, key=lambda ratio: abs(ratio - 1))
-    return Found(", ".join(f"{ratio:.2f}" for ratio in ratios) + "×", farthest)
+    spp = [figures["5b"].get("ttft_s.max", system="SPP + TP", gpus=gpus) for gpus in PAPER_CP]
+    servers = [figures["5b"].get("ttft_s.max", system="CP + TP", gpus=gpus) for gpus in PAPER_CP]
+    eager, step = (
+        [figures["5c"].get("ttft_s.max", merged=merged, gpus=gpus) for gpus in PAPER_CP]
+        for merged in (_EAGER, "each step")
+    )
+    apart = [cp / own / paper for cp, own, paper in zip(eager, spp, PAPER_CP.values(), strict=True)]
+    text = (
+        f"rings of single GPUs, merged as in public code: {_ratios(eager, spp)}; merged by one kernel a "
+        f"step: {_ratios(step, spp)}; rings of servers with TP8: {_ratios(servers, spp)}"
+    )
+    return Found(text, max(apart, key=lambda ratio: abs(ratio - 1)))
+
+
+def _ratios(times: Sequence[float], others: Sequence[float]) -> str:
+    return ", ".join(f"{one / other:.2f}" for one, other in zip(times, others, strict=True)) + "×"
 
 
 def _p5(figures: Figures) -> Found:
@@ -103,7 +119,11 @@ def _p6(figures: Figures) -> Found:
     one, eight, sixteen = (
         figures["18"].get("total_s", model="llama-3-8b", spp=stages) for stages in (1, 8, 16)
     )
-    text = f"+{percent(eight / one - 1)} at 8 stages, +{percent(sixteen / one - 1)} at 16"
+    hop_s = (1.16 * one - eight) / 7
+    text = (
+        f"+{percent(eight / one - 1)} at 8 stages, +{percent(sixteen / one - 1)} at 16; with "
+        f"{seconds(hop_s)} of the host a hand-over, +16 % and +{percent((sixteen + 15 * hop_s) / one - 1)}"
+    )
     return Found(text, (eight / one) / 1.16)
 
 
@@ -147,7 +167,8 @@ def _p10(figures: Figures) -> Found:
     text = (
         f"finished requests: median {number(loong[0] / medha[0])}×, p90 {number(loong[1] / medha[1])}×; all: "
         f"at least {number(loong[2] / medha[2])}× and {number(loong[3] / medha[3])}×; Medha's p90 "
-        f"{seconds(medha[1])}; 1 % long: {number(one_loong[0] / one_medha[0])}× (median)"
+        f"{seconds(medha[1])}; 1 % long: {number(one_loong[0] / one_medha[0])}× "
+        f"(median), {number(one_loong[1] / one_medha[1])}× (p90)"
     )
     return Found(text, loong[0] / medha[0] / 30)
 
@@ -218,7 +239,15 @@ def _p15(figures: Figures) -> Found:
 def _p16(figures: Figures) -> Found:
     small = figures["19"].get("tpot_s.max", model="llama-3-8b", tokens="10M")
     large = figures["19"].get("tpot_s.max", model="llama-3-70b", tokens="10M")
-    return Found(f"8B {seconds(small)}, 70B {seconds(large)} with KVP4", small / 0.03)
+    found = figures["19b"]
+    within = [groups for groups in found.labels("kvp") if found.get("tpot_s.max", kvp=groups) <= 0.03]
+    text = f"8B {seconds(small)}, 70B {seconds(large)} with KVP4 on 128 GPUs; 70B "
+    if within:
+        least = min(within)
+        text += f"{seconds(found.get('tpot_s.max', kvp=least))} with KVP{least} on {8 * least} GPUs, no fewer"
+    else:
+        text += "in no configuration of figure 19b"
+    return Found(text, small / 0.03)
 
 
 def _p17(figures: Figures) -> Found:
@@ -228,13 +257,15 @@ def _p17(figures: Figures) -> Found:
 
 
 def _p18(figures: Figures) -> Found:
-    kept, plain = (
+    kept, plain, medha = (
         figures["14"].get("long.finished", system=system, rate_rps=0.75)
-        for system in ("LoongServe, reserved pool", "LoongServe")
+        for system in ("LoongServe, reserved pool", "LoongServe", "Medha")
     )
-    lost = 1 - kept / plain
-    text = f"{kept:,} against {plain:,} long prompts finished in the hour: {percent(lost)} fewer"
-    return Found(text, lost / 0.2)
+    text = (
+        f"{kept:,} long prompts finished in the hour, Medha {medha:,} ({percent(1 - kept / medha)} fewer), "
+        f"LoongServe without it {plain:,} ({percent(1 - kept / plain)} fewer)"
+    )
+    return Found(text, (1 - kept / medha) / 0.2)
 
 
 _FINDERS: Mapping[str, Callable[[Figures], Found]] = {

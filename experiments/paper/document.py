@@ -8,6 +8,7 @@ from typing import Any
 from experiments.grid import code_version
 from experiments.paper.claims import compare, load_claims
 from experiments.paper.results import NotThere, Results, value
+from experiments.paper.ring_steps import ring_steps
 from experiments.text import number, seconds
 
 _LOAD_FIGURES = ("1a", "1b", "9", "11", "13", "14", "rules", "admission", "lockstep")
@@ -31,7 +32,13 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
 
 def document(figures: Mapping[str, Results], *, plots: bool = False) -> str:
     """The whole document, in Markdown; with the ``plots`` if they lie beside it."""
-    parts = (_head(figures), _claims(figures), _loads(figures, plots), _closed_forms(figures, plots))
+    parts = (
+        _head(figures),
+        _claims(figures),
+        _loads(figures, plots),
+        _closed_forms(figures, plots),
+        ring_steps(figures),
+    )
     return "\n".join(line for part in parts for line in part) + "\n"
 
 
@@ -113,14 +120,20 @@ def _section(
 ) -> Iterator[str]:
     """A figure's title, its cells as a table if there are ``columns``, and its plot."""
     figure, axes = results.figure, list(results.cells()[0][0])
+    published = [cell.published for cell in figure.cells]
+    beside = ["measured (s)", "here ÷ measured"] if any(published) else []
     yield f"**{figure.title}**: {figure.shows}"
     yield ""
     if columns:
-        yield "| " + " | ".join([*axes, *columns]) + " |"
-        yield "|" + "---|" * len(axes) + "---:|" * len(columns)
-        for labels, summary in results.cells():
+        yield "| " + " | ".join([*axes, *columns, *beside]) + " |"
+        yield "|" + "---|" * len(axes) + "---:|" * len([*columns, *beside])
+        for (labels, summary), theirs in zip(results.cells(), published, strict=True):
             if summary is not None:
                 texts = [_text(summary, path, show) for path, show in columns.values()]
+                if theirs is not None:
+                    texts += [number(theirs), number(float(value(summary, "total_s")) / theirs)]
+                elif beside:
+                    texts += ["", ""]
                 yield "| " + " | ".join([*map(str, labels.values()), *texts]) + " |"
         yield ""
     if plots:

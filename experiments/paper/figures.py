@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -31,7 +31,8 @@ class FigureFile(Section):
 
     ``base`` is a configuration for ``runs``, options of ``convoy predict`` for the others. An axis gives
     names to changes by dotted keys; one called by a dotted key may just list its values, and one called
-    ``system`` names of systems.yaml. Every combination is a cell, except those in ``without``.
+    ``system`` names of systems.yaml. Every combination is a cell, except those in ``without``. ``published``
+    has, by the labels of a cell, what others measured: a ``value``.
     """
 
     title: str
@@ -40,6 +41,7 @@ class FigureFile(Section):
     base: dict[str, Any] = Field(default_factory=dict)
     axes: dict[str, dict[Any, dict[str, Any]] | list[Any]] = Field(default_factory=dict)
     without: list[dict[str, Any]] = Field(default_factory=list)
+    published: list[dict[str, Any]] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _has_cells(self) -> FigureFile:
@@ -57,12 +59,14 @@ class PaperCell:
         labels: its place on each axis.
         work: what is to be run or predicted.
         id: a hash of all that its result depends on; figures share cells.
+        published: what others measured; None if they didn't.
     """
 
     labels: Mapping[str, Any]
     kind: str
     work: Config | dict[str, Any]
     id: str
+    published: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +103,10 @@ def load_figure(name: str) -> PaperFigure:
         problem = error.errors(include_url=False)[0]
         raise InputError(f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
     missing: set[str] = set()
-    cells = tuple(_cell(path, file, labels, changes, missing) for labels, changes in _places(file))
+    cells = tuple(
+        replace(_cell(path, file, labels, changes, missing), published=_published(file, labels))
+        for labels, changes in _places(file)
+    )
     return PaperFigure(name, file.title, file.shows, cells, frozenset(missing))
 
 
@@ -110,6 +117,14 @@ def _places(file: FigureFile) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]
         if any(out.items() <= labels.items() for out in file.without):
             continue
         yield labels, {key: value for _, changes in chosen for key, value in changes.items()}
+
+
+def _published(file: FigureFile, labels: Mapping[str, Any]) -> float | None:
+    """What others measured for a cell."""
+    for row in file.published:
+        if {**labels, "value": row["value"]} == row:
+            return float(row["value"])
+    return None
 
 
 def _axis(name: str, values: Mapping[Any, dict[str, Any]] | list[Any]) -> list[tuple[Any, dict[str, Any]]]:

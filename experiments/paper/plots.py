@@ -66,6 +66,8 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         ),
     ),
     "5b": (Panel("ttft_s.max", "prefill of 1M tokens (s)", "gpus", "GPUs", log_x=True),),
+    "5c": (Panel("ttft_s.max", "prefill of 1M tokens (s)", "gpus", "GPUs", log_x=True),),
+    "5d": (Panel("total_s", "prefill (s)", "cp", "servers in a ring", log_x=True),),
     "7a": (Panel("total_s", "time per output token (s)", "kvp", "KVP groups", log_y=False),),
     "7b": (
         Panel("ttft_s.max", "prefill of 4M tokens (s)", "kvp", "KVP groups", log_y=False),
@@ -120,6 +122,10 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel(
             "tpot_s.max", "time per output token (s)", "tokens", "prompt (tokens)", log_y=False, target=0.03
         ),
+    ),
+    "19b": (
+        Panel("ttft_s.max", "prefill of 10M tokens (s)", "kvp", "KVP groups", log_y=False),
+        Panel("tpot_s.max", "time per output token (s)", "kvp", "KVP groups", log_y=False, target=0.03),
     ),
     "decisions": (
         Panel("decision_s.p50", "decision (s)", "waiting", "prefills waiting", log_x=True, target=1e-3),
