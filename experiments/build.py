@@ -20,8 +20,9 @@ from policies.scheduler import SchedulerSettings
 from policies.sharding import Sharding
 from policies.slo import Slo, TtftTarget
 from profiler.iteration import HostOverhead, IterationModel
-from profiler.kernels import load_kernels
+from profiler.kernels import Kernels, load_kernels
 from profiler.ring import RingModel
+from profiler.step_kernels import StepKernels
 from sim.cluster import Setup
 from sim.cost import IterationCost
 from specs import (
@@ -243,15 +244,7 @@ def _iteration_model(
     is_inter_node: bool | None = None,
 ) -> IterationModel:
     """The cost model of one replica; ``is_inter_node``: whether a ring leaves a node, if that is known."""
-    kernels = load_kernels(
-        device,
-        config.predictor.source,
-        weight_dtype=config.dtype.weight,
-        kv_dtype=config.dtype.kv,
-        profile=None if config.predictor.profile is None else Path(config.predictor.profile),
-        model=model,
-        tp=parallel.tp,
-    )
+    kernels = _kernels(config, model, device, parallel)
     if factors := config.predictor.factors:
         for name in factors:
             if name not in kernels.operators:
@@ -277,6 +270,41 @@ def _iteration_model(
         max_chunk_tokens=longest_chunk,
         host=None if host is None else HostOverhead(**host.model_dump()),
         graph_tokens=graph_sizes(config.predictor.cuda_graphs),
+    )
+
+
+def _kernels(config: Config, model: ModelSpec, device: DeviceSpec, parallel: ParallelSpec) -> Kernels:
+    """Kernel times as the configuration wants them."""
+    predictor, dtype = config.predictor, config.dtype
+    if predictor.steps is not None:
+        return _step_kernels(config, model, device, parallel)
+    return load_kernels(
+        device,
+        predictor.source,
+        weight_dtype=dtype.weight,
+        kv_dtype=dtype.kv,
+        profile=None if predictor.profile is None else Path(predictor.profile),
+        model=model,
+        tp=parallel.tp,
+    )
+
+
+def _step_kernels(
+    config: Config, model: ModelSpec, device: DeviceSpec, parallel: ParallelSpec
+) -> StepKernels:
+    """Those of an engine whose steps were timed as a whole."""
+    steps, dtype = config.predictor.steps, config.dtype
+    assert steps is not None
+    for key, value in (("profile", config.predictor.profile), ("host", config.predictor.host)):
+        if value is not None:
+            raise InputError(f"predictor.{key}: predictor.steps has it all; leave out one of them")
+    for key in ("spp", "kvp", "cp"):
+        if getattr(parallel, key) > 1:
+            raise InputError(
+                f"parallel.{key}: predictor.steps are those of one stage and one group; 1 would do"
+            )
+    return StepKernels(
+        device, model, steps.tokens, steps.seconds, weight_dtype=dtype.weight, kv_dtype=dtype.kv
     )
 
 

@@ -4,7 +4,9 @@ That is the host's time in each iteration (`predictor.host`) and a factor (`pred
 all requests and iterations; nothing is fitted a metric at a time. Of the measurements a run may have, the
 first of these are used:
 
-    iterations    the log's first share; least relative errors of the times of its iterations; the host alone
+    iterations    the log's first share; least relative errors of the times of its iterations; the host alone,
+                  or, where no kernel is known, steps by their tokens (`predictor.steps`) and factors on
+                  attention
     throughput    tokens a second, in the first share of the run; the workload is simulated for every trial;
                   `prefill_s`, and how much of what tables add to mixed batches the engine's have
     requests      the first share of the requests; simulated likewise; least relative errors of TTFT and TPOT;
@@ -21,11 +23,11 @@ import numpy as np
 from scipy.optimize import minimize
 
 from experiments.build import Experiment, build, errors_from
-from experiments.config import Config
-from experiments.engine_replay import simulated_latencies
-from experiments.iteration_log import errors_by_phase, first_of_each, fit_host, predict
+from experiments.config import Config, StepsConfig
+from experiments.engine_replay import as_sent, simulated_latencies
+from experiments.iteration_log import errors_by_phase, first_of_each, fit_host, fit_steps, predict
 from experiments.load import dump_yaml, load_config
-from experiments.measured import FloatArray, MeasuredRun, Throughput, read_measured
+from experiments.measured import FloatArray, Iterations, MeasuredRun, Throughput, read_measured
 from experiments.text import percent
 from profiler.overheads import HostOverhead
 from sim.cluster import simulate
@@ -56,11 +58,19 @@ class CalibrateOptions:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What was found; ``basis`` says in words from what."""
+    """What was found: the host, or with nothing known of an engine its steps as a whole, and factors.
+    ``basis`` says in words from what."""
 
-    host: HostOverhead
+    host: HostOverhead | None
     factors: Mapping[str, float]
     basis: str
+    steps: StepsConfig | None = None
+
+    @property
+    def shown_host(self) -> dict[str, float]:
+        """The host's three numbers, as a configuration has them."""
+        assert self.host is not None
+        return {name: getattr(self.host, name) for name in ("base_s", "per_request_s", "prefill_s")}
 
 
 def calibrate(options: CalibrateOptions) -> int:
@@ -78,51 +88,79 @@ def calibrate(options: CalibrateOptions) -> int:
         run = read_measured(options.records)
     experiment = build(config, where)
     found = fit(experiment, run, options.share)
-    host = {
-        "base_s": found.host.base_s,
-        "per_request_s": found.host.per_request_s,
-        "prefill_s": found.host.prefill_s,
-    }
-    print(f"From {found.basis}:")
-    print(f"  predictor.host: {{{', '.join(f'{name}: {value:.4g}' for name, value in host.items())}}}")
-    if found.factors:
-        shown = ", ".join(f"{name}: {value:.4g}" for name, value in found.factors.items())
-        print(f"  predictor.factors: {{{shown}}}")
+    _show(found)
     if options.out is not None:
-        data = config.model_dump(by_alias=True)
-        data["predictor"]["host"] = host
-        data["predictor"]["factors"] |= found.factors
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(dump_yaml(Config(**data)), encoding="utf-8")
+        options.out.write_text(dump_yaml(with_found(config, found)), encoding="utf-8")
         print(f"Written to {options.out}")
     return 0
+
+
+def _show(found: Calibration) -> None:
+    """Print what was found as a configuration says it."""
+    print(f"From {found.basis}:")
+    parts: dict[str, Mapping[str, float]] = {}
+    if found.host is not None:
+        parts["host"] = found.shown_host
+    if found.steps is not None:
+        print(f"  predictor.steps: {{tokens: {found.steps.tokens}, seconds: {found.steps.seconds}}}")
+    if found.factors:
+        parts["factors"] = found.factors
+    for name, values in parts.items():
+        shown = ", ".join(f"{key}: {value:.4g}" for key, value in values.items())
+        print(f"  predictor.{name}: {{{shown}}}")
 
 
 def _without_earlier(config: Config) -> Config:
     """The configuration without what a calibration has found before."""
     data = config.model_dump(by_alias=True)
-    data["predictor"]["host"] = None
-    for name in (_MIXED, _ROOFLINE):
+    data["predictor"]["host"] = data["predictor"]["steps"] = None
+    for name in (_MIXED, _ROOFLINE, "prefill_attention", "decode_attention"):
         data["predictor"]["factors"].pop(name, None)
     return Config(**data)
 
 
 def fit(experiment: Experiment, run: MeasuredRun, share: float) -> Calibration:
     """What the first ``share`` of the run says."""
+    experiment = as_sent(experiment, run)
     if run.iterations is not None:
         log = run.iterations.take(first_of_each(run.iterations, share))
         if not len(log):
             raise InputError(f"{run.folder}: the first {percent(share)} of its log holds no iteration")
-        host = fit_host(experiment.iteration, log)
-        errors = errors_by_phase(log, predict(experiment.iteration.with_host(host), log))["all"]
-        basis = (
-            f"{len(log):,} iterations, the first {percent(share)} of each segment; "
-            f"their median error is then {percent(errors.p50)}"
-        )
-        return Calibration(host, {}, basis)
+        return _fit_log(experiment, log, share)
     if run.throughput is not None:
         return _fit_throughput(experiment, run.throughput, share)
     return _fit_requests(experiment, run, share)
+
+
+def _fit_log(experiment: Experiment, log: Iterations, share: float) -> Calibration:
+    """The host's time, or all of a step's where no kernel is known."""
+    cost = experiment.iteration
+    if cost.kernels.kinds:
+        host = fit_host(cost, log)
+        found, fitted = Calibration(host, {}, ""), cost.with_host(host)
+    else:
+        steps = fit_steps(cost, log)
+        found = Calibration(
+            None, steps.factors, "", StepsConfig(tokens=[*steps.tokens], seconds=[*steps.seconds])
+        )
+        fitted = build(with_found(experiment.config, found), "calibrated").iteration
+    errors = errors_by_phase(log, predict(fitted, log))["all"]
+    basis = (
+        f"{len(log):,} iterations, the first {percent(share)} of each segment; "
+        f"their median error is then {percent(errors.p50)}"
+    )
+    return replace(found, basis=basis)
+
+
+def with_found(config: Config, found: Calibration) -> Config:
+    """The configuration with what a calibration found, and nothing of an earlier one."""
+    data = _without_earlier(config).model_dump(by_alias=True)
+    predictor = data["predictor"]
+    predictor["host"] = None if found.host is None else found.shown_host
+    predictor["steps"] = None if found.steps is None else found.steps.model_dump()
+    predictor["factors"] |= found.factors
+    return Config(**data)
 
 
 def _simulate(experiment: Experiment, host: HostOverhead) -> RunRecords:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
+from itertools import pairwise
 from math import prod
 from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -28,6 +29,7 @@ _ELASTIC = ElasticSettings()
 
 Dtype = Literal["bf16", "fp8", "fp32"]
 Statistic = Literal["mean", "p50", "p90", "p99"]
+Allowed = Positive | Annotated[dict[Statistic, Positive], Field(min_length=1)]
 Latency = Literal["ttft_s", "tpot_s", "tbt_s", "e2e_s"]
 _JUDGED_STATISTICS: tuple[Statistic, ...] = ("mean", "p50", "p99")
 _JUDGED: tuple[Latency, ...] = ("ttft_s", "tpot_s")
@@ -49,8 +51,25 @@ class HostConfig(Section):
     stage_s: NotNegative = 0.0
 
 
+class StepsConfig(Section):
+    """``seconds`` that an engine's step takes, attention aside, with so many ``tokens`` in its batch."""
+
+    tokens: Annotated[list[Count], Field(min_length=1, max_length=1000)]
+    seconds: Annotated[list[Positive], Field(min_length=1, max_length=1000)]
+
+    @model_validator(mode="after")
+    def _is_a_curve(self) -> StepsConfig:
+        if len(self.tokens) != len(self.seconds):
+            raise ValueError(f"{len(self.tokens)} tokens, but {len(self.seconds)} seconds")
+        if any(late <= early for early, late in pairwise(self.tokens)):
+            raise ValueError("tokens must rise")
+        return self
+
+
 class PredictorConfig(Section):
-    """Where kernel times come from. ``profile`` is a profile folder of the user's own.
+    """Where kernel times come from. ``profile`` is a profile folder of the user's own. ``steps``, which a
+    calibration found in an engine's log, takes the place of both kernels and host; attention is left to the
+    data sheet.
 
     ``cuda_graphs`` is the largest batch, in tokens, that runs as a CUDA graph made for a few sizes (vLLM's),
     so that a smaller one is padded; 0 for none. ``factors`` multiply the times of operators, as a calibration
@@ -62,6 +81,7 @@ class PredictorConfig(Section):
     host: HostConfig | None = None
     cuda_graphs: Annotated[int, BeforeValidator(whole_number), Field(ge=0, le=65536)] = 0
     factors: dict[str, NotNegative] = Field(default_factory=dict)
+    steps: StepsConfig | None = None
 
 
 class DecodeConfig(Section):
@@ -270,13 +290,14 @@ class RequestTolerance(QuantileTolerance):
 class MeasuredTolerance(Section):
     """Relative errors that are allowed against a measured run of another engine.
 
-    Of the latencies, those of ``statistics``; of the iterations of a log the median, without the first
-    ``fitted_share`` of each segment, to which something was fitted. ``segment`` is that of the workload.
+    Of the latencies, one number for those of ``statistics``, or one for each statistic that is named; of the
+    iterations of a log the median, without the first ``fitted_share`` of each segment, to which something was
+    fitted. ``segment`` is that of the workload.
     """
 
-    ttft: Positive = 0.04
-    tpot: Positive = 0.015
-    e2e: Positive = 0.015
+    ttft: Allowed = 0.04
+    tpot: Allowed = 0.015
+    e2e: Allowed = 0.015
     makespan: Positive = 0.03
     decode: Positive = 0.04
     mixed: Positive = 0.06
@@ -286,6 +307,13 @@ class MeasuredTolerance(Section):
     )
     segment: str | None = None
     fitted_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    def of_latency(self, name: str, statistic: Statistic) -> float | None:
+        """What is allowed for a statistic of ``ttft``, ``tpot`` or ``e2e``; None if it decides nothing."""
+        limit: Allowed = getattr(self, name)
+        if isinstance(limit, dict):
+            return limit.get(statistic)
+        return limit if statistic in self.statistics else None
 
 
 class ValidateConfig(Section):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy as np
 
 from experiments.batch_times import ErrorSummary
 from experiments.build import Experiment
-from experiments.config import MeasuredTolerance
+from experiments.config import MeasuredTolerance, Statistic
 from experiments.iteration_log import errors_by_phase, first_of_each, predict, similarity
 from experiments.load import dump_yaml
 from experiments.measured import LATENCIES, FloatArray, MeasuredRun
@@ -31,7 +31,7 @@ from sim.cluster import simulate
 from specs.errors import InputError
 from traces.records import RunRecords
 
-STATISTICS = ("mean", "p50", "p90", "p99")
+STATISTICS: tuple[Statistic, ...] = ("mean", "p50", "p90", "p99")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +89,7 @@ def replay_engine(experiment: Experiment, run: MeasuredRun, where: str) -> tuple
     Raises:
         InputError: the configuration's workload isn't that of the run.
     """
+    experiment = as_sent(experiment, run)
     _check_same_workload(experiment, run, where)
     tolerance = experiment.config.validation.measured
     records = simulate(experiment.workload, experiment.setup, step_by_step=True)
@@ -103,6 +104,16 @@ def replay_engine(experiment: Experiment, run: MeasuredRun, where: str) -> tuple
         alike = _alike(run, records, tolerance)
     rows = tuple(_latency_rows(run, latencies_s, records, tolerance))
     return EngineReplay(rows, iterations, alike, tolerance, latencies_s), records
+
+
+def as_sent(experiment: Experiment, run: MeasuredRun) -> Experiment:
+    """The experiment with the requests of the run: a closed loop that ended by the clock sent the workload's
+    first ones, as many as it came to."""
+    count = len(run.prompt_tokens)
+    if experiment.setup.closed_loop is None or count >= len(experiment.workload):
+        return experiment
+    setup = replace(experiment.setup, send_until_s=None)
+    return replace(experiment, workload=experiment.workload.head(count), setup=setup)
 
 
 def simulated_latencies(records: RunRecords, *, from_notice: bool) -> dict[str, FloatArray]:
@@ -143,11 +154,10 @@ def _latency_rows(
         measured = statistics_of(run.latencies_s[metric])
         ours = statistics_of(simulated[metric])
         peers = statistics_of(run.peer_s[metric]) if metric in run.peer_s else {}
-        limit = getattr(tolerance, metric.removesuffix("_s"))
         for statistic in STATISTICS:
             one, other = measured[statistic], ours[statistic]
             peer = peers[statistic] / one - 1.0 if peers else None
-            allowed = limit if statistic in tolerance.statistics else None
+            allowed = tolerance.of_latency(metric.removesuffix("_s"), statistic)
             rows.append(LatencyRow(metric, statistic, one, other, other / one - 1.0, peer, allowed))
     if run.makespan_s is not None:
         ends_s = float(np.nanmax(records.requests["finished_s"]))

@@ -380,7 +380,9 @@ class IterationModel:
         knots = token_knots(max(max_tokens, 2))
         layer_s = self._token_layer_s(knots)
         first_s = np.sum([e.time_s for _, e in first_operators(self.model, self.kernels, knots)], axis=0)
-        layers_s = np.maximum.accumulate(layer_s) * self.model.num_layers + np.maximum.accumulate(first_s)
+        if not self.kernels.steps_may_fall:
+            layer_s = np.maximum.accumulate(layer_s)
+        layers_s = layer_s * self.model.num_layers + np.maximum.accumulate(first_s)
         handover_s = [np.maximum.accumulate(self._handover(knots, kind).time_s) for kind in (False, True)]
         self._handover_lines = [Polyline(knots, each) for each in handover_s]
         handovers_s = np.zeros_like(knots)

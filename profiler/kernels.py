@@ -47,6 +47,7 @@ class Kernels(Protocol):
         layer: what whole layers take beyond their operators; None if it wasn't measured.
         kinds: the operators that were measured.
         attention_includes_kv_write: whether the attention that was measured stored the keys as well.
+        steps_may_fall: whether a batch of more tokens may take less; else that counts as noise.
         passed_over: measured profiles that don't hold for what was asked, and why, one line each.
     """
 
@@ -56,6 +57,7 @@ class Kernels(Protocol):
     layer: LayerCorrection | None
     kinds: frozenset[str]
     attention_includes_kv_write: bool
+    steps_may_fall: bool
     passed_over: tuple[str, ...]
 
     def perturbed(self, factors: Mapping[str, float]) -> Kernels:

@@ -62,11 +62,11 @@ class LookupKernels(RooflineKernels):
     def operators(self) -> frozenset[str]:
         if self._passes is not None:
             return frozenset({"rest_of_layer", "prefill_attention", "decode_attention", "roofline"})
-        return self.kinds | {"roofline"}
+        return super().operators
 
     def perturbed(self, factors: Mapping[str, float]) -> LookupKernels:
         other = copy(self)
-        other._factor = factors.get("roofline", self._factor)
+        other._sheet_factors = self._on_sheet(factors)
         other._factors = {name: factor * self._factors.get(name, 1.0) for name, factor in factors.items()}
         return other
 

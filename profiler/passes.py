@@ -29,6 +29,17 @@ class _Parts:
     decodes: Ladder  # attention of decodes, by their number and mean context
 
 
+def linear_floor_s(
+    model: ModelSpec, device: DeviceSpec, weight_dtype: str, tp: int, tokens: FloatArray
+) -> FloatArray:
+    """Seconds below which all linear layers together can't be: their FLOP, and their weights read once."""
+    flops = model.linear_flops_per_token() / tp * tokens
+    weights = model.linear_flops_per_token() / 2.0 / tp * DTYPE_BYTES[weight_dtype]
+    return np.maximum(
+        flops / device.peak_flops_for(weight_dtype), weights / device.memory_bandwidth_bytes_per_s
+    )
+
+
 class ForwardPasses:
     """Seconds a layer, for each degree of tensor parallelism that the table has.
 
@@ -58,12 +69,7 @@ class ForwardPasses:
             known = ", ".join(map(str, self._parts))
             raise InputError(f"parallel.tp: the table of passes has {known}, not {tp}")
         rest, layers = self._parts[tp].rest, self._model.num_layers
-        flops = self._model.linear_flops_per_token() / tp * tokens
-        weights = self._model.linear_flops_per_token() / 2.0 / tp * DTYPE_BYTES[self._weight_dtype]
-        floor_s = np.maximum(
-            flops / self._device.peak_flops_for(self._weight_dtype),
-            weights / self._device.memory_bandwidth_bytes_per_s,
-        )
+        floor_s = linear_floor_s(self._model, self._device, self._weight_dtype, tp, tokens)
         return rest.at(tokens) / layers, floor_s / layers, tokens > rest.largest
 
     def prefill_attention(

@@ -17,6 +17,9 @@ from specs.devices import DeviceSpec
 from specs.errors import InputError
 from specs.models import DTYPE_BYTES
 
+# What a factor can multiply: all of it, or attention beyond that.
+_ON_SHEET = frozenset({"roofline", "prefill_attention", "decode_attention"})
+
 
 class RooflineKernels:
     """Physics with default parameters: nothing was measured, everything counts as extrapolated.
@@ -49,12 +52,13 @@ class RooflineKernels:
         self.layer: LayerCorrection | None = None
         self.kinds: frozenset[str] = frozenset()
         self.attention_includes_kv_write = False
+        self.steps_may_fall = False
         self.passed_over = passed_over
-        self._factor = 1.0  # on all times that come from the data sheet
+        self._sheet_factors: Mapping[str, float] = {}  # on times that come from the data sheet
 
     @property
     def operators(self) -> frozenset[str]:
-        return self.kinds | {"roofline"}
+        return self.kinds | _ON_SHEET
 
     @property
     def intervals(self) -> Mapping[str, tuple[float, float]]:
@@ -62,8 +66,13 @@ class RooflineKernels:
 
     def perturbed(self, factors: Mapping[str, float]) -> RooflineKernels:
         other = copy(self)
-        other._factor = factors.get("roofline", self._factor)
+        other._sheet_factors = self._on_sheet(factors)
         return other
+
+    def _on_sheet(self, factors: Mapping[str, float]) -> dict[str, float]:
+        """The factors on times of the data sheet, with new ones; none of an operator with a table."""
+        new = {name: factor for name, factor in factors.items() if name not in self.kinds}
+        return {**self._sheet_factors, **new}
 
     def gemm(self, m: ArrayLike, n: ArrayLike, k: ArrayLike) -> Estimate:
         m, n, k = broadcast(m, n, k)
@@ -143,8 +152,9 @@ class RooflineKernels:
         return None
 
     def _estimate(self, physics: Physics, shape: Shape) -> Estimate:
-        return self._roofline(physics.time_s(shape, physics.defaults()), physics.floor_s(shape))
+        time_s, floor_s = physics.time_s(shape, physics.defaults()), physics.floor_s(shape)
+        return self._roofline(time_s * self._sheet_factors.get(physics.operator, 1.0), floor_s)
 
     def _roofline(self, time_s: FloatArray, floor_s: FloatArray) -> Estimate:
-        time_s = np.maximum(time_s * self._factor, floor_s)
+        time_s = np.maximum(time_s * self._sheet_factors.get("roofline", 1.0), floor_s)
         return Estimate(time_s, floor_s, np.ones(floor_s.shape, dtype=np.bool_), "roofline")

@@ -88,7 +88,7 @@ class TrainedKernels(RooflineKernels):
 
     def perturbed(self, factors: Mapping[str, float]) -> TrainedKernels:
         other = copy(self)
-        other._factor = factors.get("roofline", self._factor)
+        other._sheet_factors = self._on_sheet(factors)
         other._factors = {name: factors[name] for name in self._models if name in factors}
         return other
 
