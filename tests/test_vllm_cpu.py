@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
-from experiments import vllm_cpu
+from experiments import vllm_cpu, vllm_server
 from experiments.build import Experiment, build
 from experiments.calibrate import fit, with_found
 from experiments.cli import main
@@ -23,7 +26,7 @@ from specs.errors import InputError
 VALIDATE = Path(__file__).resolve().parents[1] / "experiments" / "validate"
 CONFIGS, RECORDS = VALIDATE / "engines" / "vllm-cpu", VALIDATE / "records" / "vllm-cpu"
 HOME = os.environ.get("CONVOY_VLLM_CPU")
-LOADS = ("load30", "load60", "load85")
+LOADS = vllm_cpu.LOADS
 ALLOWED = {"p50": 0.10, "p90": 0.15}  # of TTFT and TPOT: what was promised of such a server
 
 
@@ -101,7 +104,7 @@ def test_the_log_is_that_of_the_requests() -> None:
         assert run.iterations is not None
         assert run.iterations.prefill_tokens.sum() == run.prompt_tokens.sum()
         assert run.iterations.decodes.sum() == (run.output_tokens - 1).sum()
-        assert (run.iterations.prefill_tokens + run.iterations.decodes).max() <= vllm_cpu.MAX_TOKENS
+        assert (run.iterations.prefill_tokens + run.iterations.decodes).max() <= vllm_server.MAX_TOKENS
 
 
 STEPS = "predictor.steps={tokens: [1, 2, 4, 256], seconds: [0.016, 0.02, 0.014, 0.2]}"
@@ -207,21 +210,40 @@ def test_no_server_is_told_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert list(tmp_path.iterdir()) == []
 
 
+def test_only_the_servers_own_processes_are_stopped(tmp_path: Path) -> None:
+    """A number in the file may be that of another process by now."""
+    (tmp_path / "server.pid").write_text(str(os.getsid(0)))
+    assert vllm_server.running(tmp_path) == []
+    environment = os.environ | {"CONVOY_ITERATIONS": str(tmp_path / "iterations.csv")}
+    command = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"]
+    server = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.PIPE)
+    try:
+        assert server.stdout is not None
+        assert server.stdout.readline() == b"up\n"
+        (tmp_path / "server.pid").write_text(str(server.pid))
+        assert [each.pid for each in vllm_server.running(tmp_path)] == [server.pid]
+        vllm_server.stop(tmp_path)
+        assert not psutil.pid_exists(server.pid)
+    finally:
+        server.kill()
+        server.wait()
+
+
 @pytest.mark.skipif(HOME is None, reason="CONVOY_VLLM_CPU doesn't name the folder that vLLM is installed in")
 def test_the_server_starts_answers_and_stops(tmp_path: Path) -> None:
     assert HOME is not None
     home = Path(HOME)
     out = tmp_path / "out"
     few = ["workload.num_requests=6", "workload.arrivals={process: closed_loop, concurrency: 2}"]
-    vllm_cpu.start(home)
+    vllm_server.start(home)
     try:
         assert vllm_cpu.measure_here(CONFIGS / "load30.yaml", out, home, few) == 0
     finally:
-        vllm_cpu.stop(home)
-    assert vllm_cpu.running(home) == []
+        vllm_server.stop(home)
+    assert vllm_server.running(home) == []
     run = read_measured(out)
     assert run.iterations is not None
     assert run.iterations.prefill_tokens.sum() == run.prompt_tokens.sum()
     assert run.iterations.decodes.sum() == (run.output_tokens - 1).sum()
-    assert json.loads((out / "server.json").read_text())["vllm"].startswith(vllm_cpu.VERSION)
+    assert json.loads((out / "server.json").read_text())["vllm"].startswith(vllm_server.VERSION)
     assert main(["calibrate", str(out), "--config", str(CONFIGS / "calibrate.yaml")]) == 0
