@@ -295,14 +295,16 @@ def _step_kernels(
     """Those of an engine whose steps were timed as a whole."""
     steps, dtype = config.predictor.steps, config.dtype
     assert steps is not None
-    for key, value in (("profile", config.predictor.profile), ("host", config.predictor.host)):
-        if value is not None:
+    for key in ("profile", "host", "cuda_graphs"):
+        if getattr(config.predictor, key):
             raise InputError(f"predictor.{key}: predictor.steps has it all; leave out one of them")
     for key in ("spp", "kvp", "cp"):
         if getattr(parallel, key) > 1:
             raise InputError(
                 f"parallel.{key}: predictor.steps are those of one stage and one group; 1 would do"
             )
+    if parallel.tp != steps.tp:
+        raise InputError(f"parallel.tp: predictor.steps are those of tp {steps.tp}, not of {parallel.tp}")
     return StepKernels(
         device, model, steps.tokens, steps.seconds, weight_dtype=dtype.weight, kv_dtype=dtype.kv
     )

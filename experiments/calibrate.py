@@ -136,14 +136,14 @@ def fit(experiment: Experiment, run: MeasuredRun, share: float) -> Calibration:
 def _fit_log(experiment: Experiment, log: Iterations, share: float) -> Calibration:
     """The host's time, or all of a step's where no kernel is known."""
     cost = experiment.iteration
-    if cost.kernels.kinds:
+    parallel = experiment.parallel
+    if cost.kernels.kinds or parallel.spp * parallel.kvp * parallel.cp > 1:
         host = fit_host(cost, log)
         found, fitted = Calibration(host, {}, ""), cost.with_host(host)
     else:
         steps = fit_steps(cost, log)
-        found = Calibration(
-            None, steps.factors, "", StepsConfig(tokens=[*steps.tokens], seconds=[*steps.seconds])
-        )
+        table = StepsConfig(tokens=[*steps.tokens], seconds=[*steps.seconds], tp=experiment.parallel.tp)
+        found = Calibration(None, steps.factors, "", table)
         fitted = build(with_found(experiment.config, found), "calibrated").iteration
     errors = errors_by_phase(log, predict(fitted, log))["all"]
     basis = (
@@ -158,7 +158,8 @@ def with_found(config: Config, found: Calibration) -> Config:
     data = _without_earlier(config).model_dump(by_alias=True)
     predictor = data["predictor"]
     predictor["host"] = None if found.host is None else found.shown_host
-    predictor["steps"] = None if found.steps is None else found.steps.model_dump()
+    if found.steps is not None:
+        predictor |= {"steps": found.steps.model_dump(), "cuda_graphs": 0}  # these are within the steps
     predictor["factors"] |= found.factors
     return Config(**data)
 

@@ -52,10 +52,12 @@ class HostConfig(Section):
 
 
 class StepsConfig(Section):
-    """``seconds`` that an engine's step takes, attention aside, with so many ``tokens`` in its batch."""
+    """``seconds`` that an engine's step takes, attention aside, with so many ``tokens`` in its batch, under
+    tensor parallelism of degree ``tp``."""
 
     tokens: Annotated[list[Count], Field(min_length=1, max_length=1000)]
     seconds: Annotated[list[Positive], Field(min_length=1, max_length=1000)]
+    tp: Count = 1
 
     @model_validator(mode="after")
     def _is_a_curve(self) -> StepsConfig:

@@ -199,7 +199,9 @@ def test_steps_and_attention_are_found_in_a_log() -> None:
         ("predictor.steps={tokens: [1, 2], seconds: [0.1]}", "2 tokens, but 1 seconds"),
         ("predictor.steps={tokens: [2, 2], seconds: [0.1, 0.1]}", "tokens must rise"),
         ("predictor.steps={tokens: [1], seconds: [0]}", "must be above 0"),
-        ("predictor.host={base_s: 1}", "predictor.steps has it all"),
+        ("predictor.host={base_s: 1}", "predictor.host: predictor.steps has it all"),
+        ("predictor.cuda_graphs=64", "predictor.cuda_graphs: predictor.steps has it all"),
+        ("parallel.tp=2", "those of tp 1, not of 2"),
         ("parallel.spp=2", "one stage and one group"),
     ],
 )
