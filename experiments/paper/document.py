@@ -11,7 +11,7 @@ from experiments.paper.results import NotThere, Results, value
 from experiments.paper.ring_steps import ring_steps
 from experiments.text import number, seconds
 
-_LOAD_FIGURES = ("1a", "1b", "9", "11", "13", "14", "rules", "admission", "lockstep")
+_LOAD_FIGURES = ("1a", "1b", "9", "11", "12b", "13", "14", "rules", "admission", "lockstep")
 _SAME_RUNS = ("10", "12")  # plots of what figures 9 and 11 have tables of
 _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("finished", "finished", str),

@@ -97,6 +97,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel("ttft_all_s.p50", f"median TTFT\n{_ALL}", "rate_rps", _LOAD),
         Panel("ttft_all_s.p90", f"p90 TTFT\n{_ALL}", "rate_rps", _LOAD),
     ),
+    "12b": (Panel("tpot_finished_s.p50", "median TPOT (s)", "system", "", log_y=False, target=0.05),),
     "rules": (
         Panel("ttft_all_s.p50", f"median TTFT\n{_ALL}", "rate_rps", _LOAD),
         Panel("short.ttft_all_s.p90", f"p90 TTFT, short\n{_ALL}", "rate_rps", _LOAD),

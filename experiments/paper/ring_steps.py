@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from textwrap import fill
 
 from experiments.paper.results import NotThere, Results
 from experiments.text import number
@@ -43,12 +44,13 @@ def ring_steps(figures: Mapping[str, Results]) -> Iterator[str]:
     yield from rows
     yield ""
     public = [1.0 / ring / 8 - 1.0 / alone / 8 for alone, *rings in _PUBLIC_RING.values() for ring in rings]
-    yield _MEASURED.format(
+    measured = _MEASURED.format(
         public=", ".join(f"{number(each * 1e3)}" for each in public),
         names=" and ".join(_PUBLIC_RING),
         meta=", ".join(number(each * 1e3) for each in losses.values()),
         degrees=", ".join(map(str, losses)),
     )
+    yield fill(measured, 110, break_on_hyphens=False, break_long_words=False)
 
 
 def step_losses_s(measured: Results) -> dict[int, float]:
