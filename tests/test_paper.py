@@ -11,10 +11,12 @@ import pytest
 from experiments.cli import main
 from experiments.config import Config
 from experiments.paper.claims import compare, load_claims
+from experiments.paper.document import _section
 from experiments.paper.figures import PaperCell, PaperFigure, _mixtures, figure_names, load_figure
 from experiments.paper.measures import _of_requests, measure_prediction
 from experiments.paper.results import NotThere, Results
 from experiments.paper.ring_steps import needed_s, step_losses_s
+from experiments.text import number
 from policies.scheduler import SchedulerSettings
 from sim.cluster import Setup, simulate
 from tests.fakes import LinearCost
@@ -122,6 +124,17 @@ def test_what_a_step_would_have_to_take() -> None:
     losses = step_losses_s(Results(load_figure("5d"), (None,) * 6))
     assert list(losses) == [2, 4, 8, 16]
     assert losses[4] == pytest.approx((10.95 - 10.5025) / (126 * 4))
+
+
+def test_what_others_measured_stands_beside() -> None:
+    """Ours twice as long in every cell."""
+    figure = load_figure("5d")
+    summaries = tuple({"total_s": 2 * (cell.published or 0.0)} for cell in figure.cells)
+    lines = list(_section(Results(figure, summaries), {"prefill (s)": ("total_s", number)}, plots=False))
+    assert lines[2] == "| tokens | cp | prefill (s) | measured (s) | here ÷ measured |"
+    assert lines[5] == f"| 128K | 2 | {number(42.084)} | {number(21.042)} | {number(2.0)} |"
+    assert all(cell.published for cell in figure.cells)
+    assert not any(cell.published for cell in load_figure("5b").cells)
 
 
 def test_a_claim_without_its_cells_is_not_computed() -> None:
