@@ -52,12 +52,18 @@ class Channel:
     def send(self, message: Any) -> None:
         self.send_packed(pickle.dumps(message))
 
-    def send_packed(self, message: bytes) -> None:
-        """Send what ``pickle.dumps`` made of a message."""
+    def send_packed(self, message: bytes | memoryview) -> None:
+        """Send what ``pickle.dumps`` made of a message; or bytes, for :meth:`receive_into`."""
         self._connection.send_bytes(message)
 
     def receive(self) -> Any:
         return pickle.loads(self._connection.recv_bytes())
+
+    def receive_into(self, buffer: memoryview) -> None:
+        """Fill ``buffer`` with bytes that were sent as they are."""
+        received = self._connection.recv_bytes_into(buffer)
+        if received != len(buffer):
+            raise OSError(f"{received} bytes came where {len(buffer)} were due")
 
     def close(self) -> None:
         self._connection.close()

@@ -13,6 +13,7 @@ from torch.distributed.distributed_c10d import Store
 
 from runtime.attention import Partial, merge
 from runtime.cores import calm_gloo
+from runtime.stage_line import StageLine
 from specs import ParallelSpec
 
 
@@ -29,9 +30,12 @@ class Mesh:
         self.group, self.shard = divmod(rest, self.tp)
         self._tp_group: dist.ProcessGroup | None = None
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()
+        self._line_on: StageLine | None = None  # to the next stage, on CPUs
+        self._line_back: StageLine | None = None
 
     def connect(self, store: Store, device: torch.device, timeout_s: float) -> None:
-        """Meet the other ranks: gloo between CPUs, NCCL between GPUs. A collective that takes longer than
+        """Meet the other ranks: gloo between CPUs, with lines of its own between
+        stages, NCCL between GPUs. A collective that takes longer than
         ``timeout_s`` fails."""
         world = self.tp * self.kvp * self.spp
         dist.init_process_group(
@@ -49,9 +53,20 @@ class Mesh:
                     self._tp_group = group
         if device.type == "cpu":
             calm_gloo()
+            self._meet_stages(store)
+
+    def _meet_stages(self, store: Store) -> None:
+        # The last stage answers first, since it calls nobody; then the one before it, which has called it.
+        if self.stage < self.spp - 1:
+            self._line_on = StageLine.call(store, f"stage line {self.rank}")
+        if self.stage > 0:
+            self._line_back = StageLine.answer(store, f"stage line {self.rank_of(stage=self.stage - 1)}")
 
     def disconnect(self) -> None:
-        """Leave the process group."""
+        """Leave the process group, and the stages before and after."""
+        for line in (self._line_on, self._line_back):
+            if line is not None:
+                line.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -81,6 +96,9 @@ class Mesh:
 
     def send_on(self, x: Tensor) -> None:
         """Hand activations to the next stage; returns before they are there."""
+        if self._line_on is not None:
+            self._line_on.send(x)
+            return
         while len(self._sent) >= self.spp:
             work, _ = self._sent.popleft()
             work.wait()
@@ -90,6 +108,9 @@ class Mesh:
 
     def receive(self, x: Tensor) -> Tensor:
         """Fill ``x`` with the activations that the previous stage sent next."""
+        if self._line_back is not None:
+            self._line_back.receive(x)
+            return x
         dist.recv(x, self.rank_of(stage=self.stage - 1))
         return x
 

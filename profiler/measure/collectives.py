@@ -19,6 +19,7 @@ from profiler.measure.points import Point
 from profiler.measure.timing import CORE, Samples, keep_freed_memory
 from runtime.cores import keep_to_own_cores
 from runtime.distributed import Mesh
+from runtime.stage_line import StageLine
 from specs import ParallelSpec
 from specs.errors import InputError
 
@@ -122,17 +123,22 @@ def _rank_main(rank: int, count: int, port: int, kind: str, dtype: torch.dtype, 
             "127.0.0.1", port, count, is_master=rank == 0
         )
         mesh.connect(store, device, START_TIMEOUT_S)
+        line = None
+        if kind == "cpu" and rank < 2:
+            line = (StageLine.answer if rank else StageLine.call)(store, "send_recv")
         connection.send([])
         while (command := connection.recv()) is not None:
             operator, num_bytes, visit_s = command
             x = torch.zeros(num_bytes // dtype.itemsize, dtype=dtype, device=device)
-            connection.send(_time(operator, x, mesh, visit_s))
+            connection.send(_time(operator, x, mesh, line, visit_s))
         mesh.disconnect()
     except (RuntimeError, ValueError, EOFError, OSError) as error:
         connection.send(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
 
 
-def _time(operator: str, x: Tensor, mesh: Mesh, visit_s: float) -> tuple[list[float], list[bool]]:
+def _time(
+    operator: str, x: Tensor, mesh: Mesh, line: StageLine | None, visit_s: float
+) -> tuple[list[float], list[bool]]:
     """Seconds of each call on this rank, all make as many; for every few, whether the core was quiet."""
 
     def once() -> None:
@@ -141,7 +147,7 @@ def _time(operator: str, x: Tensor, mesh: Mesh, visit_s: float) -> tuple[list[fl
         elif operator == "all_gather":
             mesh.gather_columns(x[None])
         else:
-            _there_and_back(x, mesh.rank)
+            _there_and_back(x, mesh.rank, line)
 
     began_s = time.perf_counter()
     for _ in range(_WARM_UP):
@@ -168,9 +174,15 @@ def _is_quiet(x: Tensor) -> bool:
     return x.device.type == "cuda" or CORE.is_quiet()
 
 
-def _there_and_back(x: Tensor, rank: int) -> None:
-    """From rank 0 to rank 1 and back; the others look on."""
-    if rank == 0:
+def _there_and_back(x: Tensor, rank: int, line: StageLine | None) -> None:
+    """From rank 0 to rank 1 and back, as activations go from stage to stage; the others look on."""
+    if line is not None and rank == 0:
+        line.send(x)
+        line.receive(x)
+    elif line is not None:
+        line.receive(x)
+        line.send(x)
+    elif rank == 0:
         dist.send(x, 1)
         dist.recv(x, 1)
     elif rank == 1:
