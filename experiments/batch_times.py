@@ -79,12 +79,14 @@ class BatchTimes:
             didn't record it.
         measured_s: of the batch.
         kind: a place in ``KINDS``.
+        stage: that executed it.
     """
 
     predicted_parts_s: FloatArray
     measured_parts_s: FloatArray
     measured_s: FloatArray
     kind: NDArray[np.int64]
+    stage: NDArray[np.int64]
 
     @property
     def predicted_s(self) -> FloatArray:
@@ -147,17 +149,31 @@ def batch_times(run: LiveRun, workload: Workload, cost: IterationModel, sharding
     They are made from what the batches held alone, so they don't depend on decisions being the same today.
     """
     shapes = batch_shapes(run, workload)
-    stages_s = [_predict(shape, cost, sharding) for shape in shapes]
+    stages_s = np.array([_predict(shape, cost, sharding) for shape in shapes])
+    stages_s[after_a_pause(run), 0, PARTS.index("layers")] += cost.idle_s
     kinds = [(1 if shape.decodes else 2) if shape.chunks else 0 for shape in shapes]
     batches = run.records.batches
     at = batches["batch"]
     measured_s = batches["end_s"] - batches["start_s"]
     return BatchTimes(
-        predicted_parts_s=np.array(stages_s)[at, batches["stage"]],
+        predicted_parts_s=stages_s[at, batches["stage"]],
         measured_parts_s=_measured_parts_s(run.host, measured_s),
         measured_s=measured_s,
         kind=np.array(kinds, dtype=np.int64)[at],
+        stage=np.asarray(batches["stage"], dtype=np.int64),
     )
+
+
+def after_a_pause(run: LiveRun) -> NDArray[np.int64]:
+    """The batches before which the replica had nothing to do."""
+    batches = run.records.batches
+    order = np.argsort(batches["batch"], kind="stable")
+    number, start_s, end_s = (batches[name][order] for name in ("batch", "start_s", "end_s"))
+    first = np.flatnonzero(np.diff(number, prepend=-1))
+    formed_s = np.minimum.reduceat(start_s, first)
+    over_s = np.maximum.accumulate(np.maximum.reduceat(end_s, first))
+    is_after = formed_s > np.concatenate([[0.0], over_s[:-1]]) + _ROUNDING_S
+    return np.asarray(number[first][is_after], dtype=np.int64)
 
 
 def _measured_parts_s(host: Mapping[str, FloatArray], measured_s: FloatArray) -> FloatArray:

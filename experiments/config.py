@@ -275,17 +275,20 @@ class QuantileTolerance(Section):
     p90: Positive = 0.15
 
 
+Speed = Literal["profile", "measured"]
+
+
 class RequestTolerance(QuantileTolerance):
     """Those of the requests, for the latencies in ``metrics``; ``noise_factor`` times the difference between
     live runs is allowed too, if that is larger.
 
-    ``speed`` says at which speed of the machine the simulation is judged: that of its profile, or the one
-    that was measured in the live runs, as a single factor on all batch times.
+    ``speed`` says at which pace of the machine the simulation is judged: that of its profile, or the one that
+    the batches of the live runs had, as a factor on each kind of batches.
     """
 
     p90: Positive = 0.10
     noise_factor: NotNegative = 1.5
-    speed: Literal["profile", "measured"] = "profile"
+    speed: Speed = "profile"
     metrics: Annotated[list[Latency], Field(min_length=1)] = Field(default_factory=lambda: list(_JUDGED))
 
 

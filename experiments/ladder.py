@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from experiments.batch_times import batch_shapes
 from experiments.build import Experiment
-from experiments.config import QuantileTolerance, RequestTolerance
+from experiments.config import QuantileTolerance, RequestTolerance, Speed
 from experiments.live_records import LiveRun
 from profiler.kernels import Wanted, find_profile
 from profiler.predictor import load_predictor
@@ -102,10 +102,10 @@ class Comparison:
     Attributes:
         live_s: mean over the live runs.
         error: simulated ÷ live − 1.
-        error_at_speed: the same of a simulation at the speed that the machine had in the live runs.
+        error_at_pace: the same of a simulation at the pace that the batches of the live runs had.
         noise: largest difference between two live runs ÷ their mean; None with a single one.
         allowed: the size of error that passes; None if this statistic decides nothing.
-        at_speed: whether it is the error at that speed that must pass.
+        speed: which of the two errors must pass.
     """
 
     metric: str
@@ -113,15 +113,15 @@ class Comparison:
     simulated_s: float
     live_s: float
     error: float
-    error_at_speed: float
+    error_at_pace: float
     noise: float | None
     allowed: float | None
-    at_speed: bool
+    speed: Speed
 
     @property
     def judged(self) -> float:
         """The error that must pass."""
-        return self.error_at_speed if self.at_speed else self.error
+        return self.error if self.speed == "profile" else self.error_at_pace
 
     @property
     def passes(self) -> bool:
@@ -130,25 +130,25 @@ class Comparison:
 
 def compare_requests(
     simulated: Mapping[str, Any],
-    at_speed: Mapping[str, Any],
+    at_pace: Mapping[str, Any],
     live: Sequence[Mapping[str, Any]],
     tolerance: RequestTolerance,
 ) -> list[Comparison]:
     """The table of the request rung, from the summaries of the simulation, as it is and at the measured
-    speed, and of the live runs.
+    pace, and of the live runs.
 
     A latency without samples on either side has no rows; with samples on one side only its error is infinite.
     """
     rows = []
     for metric in METRICS:
-        sides = [summary.get(metric) for summary in (simulated, at_speed, *live)]
+        sides = [summary.get(metric) for summary in (simulated, at_pace, *live)]
         if all(side is None for side in sides):
             continue
         for statistic in STATISTICS:
-            simulated_s, at_speed_s, *live_s = [
+            simulated_s, at_pace_s, *live_s = [
                 float("nan") if side is None else float(side[statistic]) for side in sides
             ]
-            rows.append(_compare(metric, statistic, (simulated_s, at_speed_s), live_s, tolerance))
+            rows.append(_compare(metric, statistic, (simulated_s, at_pace_s), live_s, tolerance))
     return rows
 
 
@@ -167,10 +167,17 @@ def _compare(
     allowed = None
     if metric in tolerance.metrics and statistic in ("p50", "p90"):
         allowed = max(getattr(tolerance, statistic), tolerance.noise_factor * (noise or 0.0))
-    error, error_at_speed = (_error(each_s, mean_s) for each_s in simulated_s)
-    at_speed = tolerance.speed == "measured"
+    alone_s, at_pace_s = simulated_s
     return Comparison(
-        metric, statistic, simulated_s[0], mean_s, error, error_at_speed, noise, allowed, at_speed
+        metric,
+        statistic,
+        alone_s,
+        mean_s,
+        error=_error(alone_s, mean_s),
+        error_at_pace=_error(at_pace_s, mean_s),
+        noise=noise,
+        allowed=allowed,
+        speed=tolerance.speed,
     )
 
 

@@ -12,10 +12,11 @@ from experiments.config import ValidateConfig
 from experiments.ladder import Comparison, OperatorErrors, compare_requests, operator_errors
 from experiments.live import summarize_live
 from experiments.live_records import LiveRun, fingerprint
+from experiments.pace import measured_paces
 from experiments.run import summarize_run
 from experiments.text import percent
+from sim.paced import Pace, simulate_paced
 from sim.replayed import Parity, replay
-from sim.slowed import simulate_slowed
 
 Status = Literal["holds", "broken", "unknown"]
 
@@ -42,6 +43,7 @@ class Ladder:
         parities: of each live run.
         comparisons: the table of the requests.
         speed: batch times as measured ÷ as predicted, all of them together.
+        paces: of each stage, as its batches had it.
         tolerance: what the rungs were judged by.
     """
 
@@ -51,6 +53,7 @@ class Ladder:
     parities: Sequence[Parity]
     comparisons: Sequence[Comparison]
     speed: float
+    paces: Sequence[Pace]
     tolerance: ValidateConfig
 
     @property
@@ -89,21 +92,22 @@ def climb(experiment: Experiment, simulated: dict[str, Any], runs: Sequence[Live
     workload, setup = experiment.workload, experiment.setup
     operators = operator_errors(experiment, runs[0])
     parts = [batch_times(run, workload, experiment.iteration, setup.sharding) for run in runs]
-    iterations = BatchTimes.joined(parts).errors()
+    times = BatchTimes.joined(parts)
+    iterations = times.errors()
     parities = [replay(workload, with_capacity_of(run, experiment).setup, run.times()) for run in runs]
     same_cost = all(run.cost in ("", fingerprint(setup.cost)) for run in runs)
     speed = iterations.total.measured_over_predicted if iterations.total is not None else 1.0
-    at_speed = summarize_run(simulate_slowed(workload, setup, speed), experiment)
-    comparisons = compare_requests(
-        simulated, at_speed, [summarize_live(run.records, experiment) for run in runs], tolerance.request
-    )
+    paces = measured_paces(times, experiment.parallel.spp)
+    at_pace = summarize_run(simulate_paced(workload, setup, paces), experiment)
+    measured = [summarize_live(run.records, experiment) for run in runs]
+    comparisons = compare_requests(simulated, at_pace, measured, tolerance.request)
     rungs = (
         _operator_rung(operators, tolerance),
         _iteration_rung(iterations, tolerance),
         _decision_rung(parities, same_cost),
         _request_rung(comparisons),
     )
-    return Ladder(rungs, operators, iterations, parities, comparisons, speed, tolerance)
+    return Ladder(rungs, operators, iterations, parities, comparisons, speed, paces, tolerance)
 
 
 def with_capacity_of(run: LiveRun, experiment: Experiment) -> Experiment:

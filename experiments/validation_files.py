@@ -116,6 +116,7 @@ def verdict_data(outcome: Outcome) -> dict[str, Any]:
             "blamed_rung": None if blamed is None else blamed.name,
             "rungs": [asdict(rung) for rung in ladder.rungs],
             "speed": ladder.speed,
+            "paces": [asdict(pace) for pace in ladder.paces],
             "requests": [asdict(each) | {"passes": each.passes} for each in ladder.comparisons],
             "iterations": asdict(ladder.iterations),
             "operators": [asdict(each) for each in ladder.operators],

@@ -12,9 +12,21 @@ from experiments.rungs import Ladder, signed
 from experiments.tables import print_table
 from experiments.text import percent, seconds
 from experiments.validation_files import Outcome
+from sim.paced import Pace
 
 _DISTURBED = 0.01  # share of a live run without a core from which it is worth saying
-_NUMBERS = ("simulated", "live", "error", "live noise", "allowed", "batches", "median", "p90", "bias")
+_NUMBERS = (
+    "simulated",
+    "live",
+    "error",
+    "at pace",
+    "live noise",
+    "allowed",
+    "batches",
+    "median",
+    "p90",
+    "bias",
+)
 
 
 def print_outcome(outcome: Outcome) -> None:
@@ -25,13 +37,15 @@ def print_outcome(outcome: Outcome) -> None:
         runs += " from disk"
     title = f"{outcome.name}: simulated against {runs} ({describe_runtime(outcome.experiment)})"
     if ladder is not None:
-        at_speed = f"at {ladder.speed:.2f} × the times"
         print_table(
-            ("latency", "", "simulated", "live", "error", at_speed, "live noise", "allowed", ""),
+            ("latency", "", "simulated", "live", "error", "at pace", "live noise", "allowed", ""),
             [_comparison(each) for each in ladder.comparisons],
             title=title,
-            right=(*_NUMBERS, at_speed),
+            right=_NUMBERS,
         )
+        print()
+        for stage, pace in enumerate(ladder.paces):
+            print(_pace(stage, pace, len(ladder.paces)))
         print()
         kinds = [*ladder.iterations.by_kind.items(), ("all", ladder.iterations.total)]
         rows = [_batches(name, errors) for name, errors in kinds if errors is not None]
@@ -75,6 +89,12 @@ def _of_ladder(ladder: Ladder) -> str:
     return f"outside tolerance ({broken}); the rung to look at is {blamed.name}: {blamed.text}"
 
 
+def _pace(stage: int, pace: Pace, stages: int) -> str:
+    where = f" in stage {stage}" if stages > 1 else ""
+    factors = f"decodes {pace.decode:.2f}, mixed {pace.mixed:.2f}, prefills {pace.prefill:.2f}"
+    return f"batches{where} took, of what is predicted: {factors}"
+
+
 def _comparison(each: Comparison) -> tuple[str, ...]:
     return (
         each.metric.removesuffix("_s").upper() if each.statistic == "mean" else "",
@@ -82,7 +102,7 @@ def _comparison(each: Comparison) -> tuple[str, ...]:
         seconds(each.simulated_s),
         seconds(each.live_s),
         signed(each.error),
-        signed(each.error_at_speed),
+        signed(each.error_at_pace),
         "" if each.noise is None else percent(each.noise),
         "" if each.allowed is None else percent(each.allowed),
         "" if each.allowed is None else "ok" if each.passes else "outside",

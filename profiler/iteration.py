@@ -42,7 +42,7 @@ from profiler.layer_parts import (
     token_operators,
 )
 from profiler.operator_rows import OperatorRow, make_row, time_outside_s
-from profiler.overheads import HostOverhead
+from profiler.overheads import HostOverhead, ServingOverhead
 from profiler.shards import ShardTimes
 from specs import ModelSpec, ParallelSpec
 from specs.topology import layout_of
@@ -72,6 +72,8 @@ class IterationModel:
     Attributes:
         stage_layers: layers of each stage.
         host_is_unknown: nobody has said what the host takes, so it counts as nothing.
+        serving: what iterations take in a running engine beyond that and their operators.
+        idle_s: what one takes more than ``tokens_s`` says if there was nothing to do before it.
     """
 
     def __init__(
@@ -91,6 +93,8 @@ class IterationModel:
         self.parallel = parallel
         self.host = host or kernels.host or HostOverhead()
         self.host_is_unknown = host is None and kernels.host is None
+        self.serving = kernels.serving or ServingOverhead()
+        self.idle_s = self.serving.idle_s
         self._limits = {
             "max_batch_tokens": max_batch_tokens,
             "max_batch_requests": max_batch_requests,
@@ -110,7 +114,7 @@ class IterationModel:
         heads = self._heads, self._kv_heads, model.head_dim
         self._joint = JointTable(kernels, heads, model.num_layers, max_chunk_tokens, max_batch_requests)
         self._ranks = parallel.gpus_per_replica
-        self._host_table = [self.host.decodes_s(n, self._ranks) for n in range(max_batch_requests + 1)]
+        self._compile_overheads(max_batch_requests)
         self._sharding = Sharding(parallel.kvp, parallel.kvp_tokens_per_group)
         self._shards = ShardTimes(model, kernels, parallel, np.array(self._chunk_knots, dtype=np.float64))
 
@@ -120,7 +124,7 @@ class IterationModel:
         """Seconds of all but attention, over all layers and stages: see ``CostModel.tokens_s``."""
         by_tokens = self._tokens_table[tokens] if tokens < self._dense else self._tokens_line.at(tokens)
         by_rows = self._rows_table[rows] if rows < len(self._rows_table) else self._rows_line.at(rows)
-        return by_tokens + by_rows + self.host_s(tokens, requests) + self.handovers_host_s
+        return by_tokens + by_rows + self._overhead_s(tokens, requests)
 
     def chunk_attention_s(self, chunk_tokens: int, context_tokens: int) -> float:
         """Seconds of attention of one chunk, over all layers."""
@@ -167,7 +171,7 @@ class IterationModel:
         """The same with another host."""
         other = copy(self)
         other.host, other.host_is_unknown = host, False
-        other._host_table = [host.decodes_s(n, self._ranks) for n in range(len(self._host_table))]
+        other._compile_overheads(len(self._overhead_table) - 1)
         return other
 
     # -- what a simulator asks besides ------------------------------------------------------------------
@@ -187,6 +191,7 @@ class IterationModel:
         """
         by_tokens = self._layers_s(tokens) + attention_s
         layers = self.model.num_layers
+        by_tokens += self.serving_s(tokens, requests)
         times = [by_tokens * count / layers for count in self.stage_layers]
         times[0] += self.host_s(tokens, requests)
         times[-1] += self._rows_table[rows] if rows < len(self._rows_table) else self._rows_line.at(rows)
@@ -213,11 +218,14 @@ class IterationModel:
 
     def host_s(self, tokens: int, requests: int) -> float:
         """Seconds of the host's work in an iteration: one of more tokens than requests has a chunk."""
-        known = requests < len(self._host_table)
-        decodes_s = self._host_table[requests] if known else self.host.decodes_s(requests, self._ranks)
+        decodes_s = self.host.decodes_s(requests, self._ranks)
         if tokens <= requests:
             return decodes_s
         return decodes_s + self.host.prefill_s + (tokens - requests) * self.host.per_prefill_token_s
+
+    def serving_s(self, tokens: int, requests: int) -> float:
+        """Seconds that an iteration takes in a running engine beyond the host's work and its operators."""
+        return self.serving.at(requests, has_chunk=tokens > requests, tp=self.parallel.tp)
 
     def chunk_is_extrapolated(self, chunk_tokens: int, context_tokens: int) -> bool:
         """Whether a chunk's attention lies outside what was measured."""
@@ -276,6 +284,9 @@ class IterationModel:
             result.append(
                 OperatorRow("host, hand-overs", self.handovers_host_s, 0.0, self.host.source, False)
             )
+        if self.kernels.serving is not None:
+            serving_s = self.serving.at(requests, has_chunk=bool(chunks), tp=self.parallel.tp)
+            result.append(OperatorRow("serving overhead", serving_s, 0.0, "measured", False))
         return result
 
     # -- work, for utilisation --------------------------------------------------------------------------
@@ -374,6 +385,20 @@ class IterationModel:
         estimate = self._decode_estimate(decodes, total_context)
         return self._within_layers_s(estimate), estimate.extrapolated
 
+    def _overhead_s(self, tokens: int, requests: int) -> float:
+        """Seconds of what an iteration takes beyond its operators: the host, hand-overs, a running engine."""
+        if requests < len(self._overhead_table):
+            decodes_s = self._overhead_table[requests]
+        else:
+            decodes_s = self._decodes_overhead_s(requests)
+        if tokens <= requests:
+            return decodes_s
+        return decodes_s + self._chunk_overhead_s + (tokens - requests) * self.host.per_prefill_token_s
+
+    def _decodes_overhead_s(self, requests: int) -> float:
+        host_s = self.host.decodes_s(requests, self._ranks) + self.handovers_host_s
+        return host_s + self.serving.at(requests, has_chunk=False, tp=self.parallel.tp)
+
     # -- grids ------------------------------------------------------------------------------------------
 
     def _compile_tokens(self, max_tokens: int) -> None:
@@ -410,6 +435,10 @@ class IterationModel:
         sizes = np.array(self._graph_tokens, dtype=np.float64)
         place = np.minimum(np.searchsorted(sizes, tokens), len(sizes) - 1)
         return np.where((tokens > sizes[-1]) | (tokens == 0), tokens, sizes[place])
+
+    def _compile_overheads(self, max_requests: int) -> None:
+        self._chunk_overhead_s = self.host.prefill_s + self.serving.prefill_s
+        self._overhead_table = [self._decodes_overhead_s(n) for n in range(max_requests + 1)]
 
     def _compile_rows(self, max_rows: int) -> None:
         knots = token_knots(max(max_rows, 2))

@@ -13,7 +13,7 @@ from profiler.coverage import mismatch, part_used
 from profiler.cpu_operators import is_cpu
 from profiler.estimate import Estimate, FloatArray
 from profiler.lookup import LookupKernels
-from profiler.overheads import HostOverhead, LayerCorrection
+from profiler.overheads import HostOverhead, LayerCorrection, ServingOverhead
 from profiler.predictor import load_predictor
 from profiler.roofline_kernels import RooflineKernels
 from profiler.tables import PROFILES, Profile, read_profile
@@ -45,6 +45,7 @@ class Kernels(Protocol):
         activation_bytes: bytes of an activation's element.
         host: measured host overhead; None if it wasn't measured.
         layer: what whole layers take beyond their operators; None if it wasn't measured.
+        serving: what iterations take in a running engine beyond both; None if it wasn't measured.
         kinds: the operators that were measured.
         attention_includes_kv_write: whether the attention that was measured stored the keys as well.
         steps_may_fall: whether a batch of more tokens may take less; else that counts as noise.
@@ -55,6 +56,7 @@ class Kernels(Protocol):
     activation_bytes: int
     host: HostOverhead | None
     layer: LayerCorrection | None
+    serving: ServingOverhead | None
     kinds: frozenset[str]
     attention_includes_kv_write: bool
     steps_may_fall: bool

@@ -256,8 +256,13 @@ def _fit_rates(physics: Additive, shape: Shape, time_s: FloatArray) -> dict[str,
 
 
 def rates_of_unity(design: FloatArray) -> list[float]:
-    """Rates of 0 or more, one a column, that bring Σ rate · column nearest to 1 in every row: least sum of
-    the sizes of errors, by reweighted least squares."""
+    """Rates of 0 or more, one a column, that bring Σ rate · column nearest to 1 in every row."""
+    return nonnegative_rates(design, np.ones(len(design)))
+
+
+def nonnegative_rates(design: FloatArray, target: FloatArray) -> list[float]:
+    """Rates of 0 or more, one a column, that bring Σ rate · column nearest to `target` in every row: least
+    sum of the sizes of errors, by reweighted least squares."""
     from scipy.optimize import nnls
 
     # In units of the largest value of each, so that their sizes don't matter to the solver.
@@ -266,9 +271,9 @@ def rates_of_unity(design: FloatArray) -> list[float]:
     weight = np.ones(len(design))
     rates = np.zeros(design.shape[1])
     for _ in range(REWEIGHTINGS):
-        rates, _ = nnls(design * weight[:, None], weight)
+        rates, _ = nnls(design * weight[:, None], target * weight)
         # The square root, since it is squared again; errors under 2 % are noise.
-        weight = 1.0 / np.sqrt(np.maximum(np.abs(design @ rates - 1.0), 0.02))
+        weight = 1.0 / np.sqrt(np.maximum(np.abs(design @ rates - target), 0.02))
     return [float(rate) for rate in rates / scale]
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from profiler.estimate import FloatArray
-from profiler.operators import rates_of_unity
+from profiler.operators import nonnegative_rates, rates_of_unity
 
+SERVING_RATES = ("base_s", "per_request_s", "prefill_s", "tp_s", "idle_s")
 HOST_RATES = ("base_s", "per_request_s", "root_s", "prefill_s", "per_prefill_token_s", "ranks_s")
 
 
@@ -60,6 +61,46 @@ class LayerCorrection:
     def at(self, parts_s: FloatArray) -> FloatArray:
         """Seconds beyond the sum `parts_s` of one layer; never less than half of the sum off it."""
         return np.maximum(self.base_s + self.share * parts_s, -0.5 * parts_s)
+
+
+@dataclass(frozen=True, slots=True)
+class ServingOverhead:
+    """What an iteration takes in a running engine beyond the host's work and its operators, timed one by one
+    in loops: between two iterations the engine's own code and data push theirs out of the caches.
+
+    Attributes:
+        prefill_s: of an iteration that takes in a prompt or a part of one.
+        tp_s: of one whose layers are split over ranks that have to wait for each other.
+        idle_s: of one before which the engine had nothing to do.
+    """
+
+    base_s: float = 0.0
+    per_request_s: float = 0.0
+    prefill_s: float = 0.0
+    tp_s: float = 0.0
+    idle_s: float = 0.0
+
+    def at(self, requests: int, *, has_chunk: bool, tp: int) -> float:
+        """Seconds of an iteration that follows another one."""
+        fixed_s = self.base_s + self.prefill_s * has_chunk + self.tp_s * (tp > 1)
+        return fixed_s + requests * self.per_request_s
+
+
+def fit_serving(shape: Mapping[str, FloatArray], parts_s: FloatArray, time_s: FloatArray) -> ServingOverhead:
+    """What brings operators and host, `parts_s`, nearest to whole iterations, `time_s`, in relative terms."""
+    rates = nonnegative_rates(_serving_terms(shape) / time_s[:, None], 1.0 - parts_s / time_s)
+    return ServingOverhead(**dict(zip(SERVING_RATES, rates, strict=True)))
+
+
+def serving_s(serving: ServingOverhead, shape: Mapping[str, FloatArray]) -> FloatArray:
+    """Seconds of iterations, one an entry of the columns of `shape`."""
+    return np.asarray(_serving_terms(shape) @ np.array([getattr(serving, name) for name in SERVING_RATES]))
+
+
+def _serving_terms(shape: Mapping[str, FloatArray]) -> FloatArray:
+    requests = shape["requests"]
+    flags = (shape["chunk"] > 0, shape["ranks"] > 1, shape["idle"] > 0)
+    return np.stack([np.ones_like(requests), requests, *flags], axis=1)
 
 
 def fit_host(shape: Mapping[str, FloatArray], time_s: FloatArray) -> HostOverhead:

@@ -16,7 +16,13 @@ from numpy.typing import NDArray
 from profiler.coverage import part_used
 from profiler.formulas import make_physics
 from profiler.operators import MAX_RESIDUAL, LearnedState, OperatorModel
-from profiler.overheads import HOST_RATES, HostOverhead, LayerCorrection
+from profiler.overheads import (
+    HOST_RATES,
+    SERVING_RATES,
+    HostOverhead,
+    LayerCorrection,
+    ServingOverhead,
+)
 from profiler.physics import Physics
 from profiler.tables import Profile, check_hash
 from specs.devices import DeviceSpec
@@ -42,13 +48,15 @@ class Predictor:
     """Fitted operators of one profile, keyed `<operator>_<dtype>`.
 
     `residuals` holds, for each, the 5th, 50th and 95th percentile of log(measured ÷ predicted) over
-    held-out rows: the stuff of prediction intervals. `host` and `layer` are there if they were measured.
+    held-out rows: the stuff of prediction intervals. `host`, `layer` and `serving` are there if they were
+    measured.
     """
 
     operators: Mapping[str, OperatorModel]
     residuals: Mapping[str, tuple[float, float, float]]
     host: HostOverhead | None = None
     layer: LayerCorrection | None = None
+    serving: ServingOverhead | None = None
 
 
 def save_predictor(path: Path, profile: Profile, device: DeviceSpec, predictor: Predictor) -> None:
@@ -70,6 +78,8 @@ def save_predictor(path: Path, profile: Profile, device: DeviceSpec, predictor: 
             "p05": layer.interval[0],
             "p95": layer.interval[1],
         }
+    if predictor.serving is not None:
+        header["serving"] = {name: getattr(predictor.serving, name) for name in SERVING_RATES}
     arrays: dict[str, NDArray[Any]] = {}
     for key, model in predictor.operators.items():
         state = model.state_
@@ -123,7 +133,7 @@ def load_predictor(profile: Profile, device: DeviceSpec, path: Path | None = Non
         model.state_ = _state(path, info.key, entry, model.physics, arrays)
         operators[info.key] = model
         residuals[info.key] = _quantiles(entry, f"{path}: {info.key}")
-    return Predictor(operators, residuals, _host(fields, path), _layer(fields, path))
+    return Predictor(operators, residuals, _host(fields, path), _layer(fields, path), _serving(fields, path))
 
 
 def _host(header: Fields, path: Path) -> HostOverhead | None:
@@ -132,6 +142,13 @@ def _host(header: Fields, path: Path) -> HostOverhead | None:
     fields = Fields(header.mapping("host"), f"{path}: host")
     rates = {name: fields.number(name) for name in HOST_RATES if fields.has(name)}
     return HostOverhead(**rates, source="measured")
+
+
+def _serving(header: Fields, path: Path) -> ServingOverhead | None:
+    if not header.has("serving"):
+        return None
+    fields = Fields(header.mapping("serving"), f"{path}: serving")
+    return ServingOverhead(**{name: fields.number(name) for name in SERVING_RATES})
 
 
 def _layer(header: Fields, path: Path) -> LayerCorrection | None:

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from profiler import between_nodes
 from profiler.estimate import Estimate, FloatArray, broadcast
 from profiler.formulas import make_physics
-from profiler.overheads import HostOverhead, LayerCorrection
+from profiler.overheads import HostOverhead, LayerCorrection, ServingOverhead
 from profiler.physics import STREAM_EFFICIENCY, Physics, Shape, activation_element
 from specs.devices import DeviceSpec
 from specs.errors import InputError
@@ -50,6 +50,7 @@ class RooflineKernels:
         self.activation_bytes = max(activation_element(weight_dtype), activation_element(kv_dtype))
         self.host: HostOverhead | None = None
         self.layer: LayerCorrection | None = None
+        self.serving: ServingOverhead | None = None
         self.kinds: frozenset[str] = frozenset()
         self.attention_includes_kv_write = False
         self.steps_may_fall = False

@@ -122,9 +122,18 @@ COLUMNS: dict[str, dict[str, str]] = {  # operator -> file column -> name in for
         "tp": "tp",
     },
     "host": {"requests": "requests", "chunk_tokens": "chunk", "ranks": "ranks"},
+    "iteration": {
+        "requests": "requests",
+        "chunk_tokens": "chunk",
+        "context_tokens": "context",
+        "decode_context_tokens": "decode_context",
+        "idle": "idle",
+        "ranks": "ranks",
+    },
 }
 _MAY_BE_ZERO = {
     "host": ("chunk_tokens",),
+    "iteration": ("chunk_tokens", "context_tokens", "decode_context_tokens", "idle"),
     "prefill_attention": ("context_tokens",),
     "layer": ("chunk_tokens", "context_tokens", "decodes", "decode_context_tokens"),
     "mixed_attention": ("context_tokens",),

@@ -11,6 +11,7 @@ the fit only, since a predictor may not go there.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ from profiler.predictor import FILE, Predictor, save_predictor
 from profiler.tables import Profile, Table, TableInfo, read_profile, read_table
 from profiler.train_report import OperatorReport, TrainReport
 from profiler.trained_kernels import TrainedKernels
-from profiler.whole_layers import judge_host, judge_layers, judge_skewed, noise_of
+from profiler.whole_layers import judge_host, judge_iterations, judge_layers, judge_skewed, noise_of
 from specs.devices import DeviceSpec, get_device
 from specs.errors import InputError
 
@@ -98,9 +99,7 @@ def train(
     path = out or profile_dir / FILE
     save = save and tables is None and max_rows is None
     if save:
-        layer = None if whole.layer is None else whole.layer.correction
-        host = None if whole.host is None else whole.host[1]
-        save_predictor(path, profile, device, Predictor(models, residuals, host, layer))
+        save_predictor(path, profile, device, whole.predictor)
     dropped: dict[str, int] = {}
     for info in infos:
         for reason, count in info.dropped.items():
@@ -115,6 +114,7 @@ def train(
         layer=whole.layer,
         skewed=whole.skewed,
         host=whole.host,
+        iterations=whole.iterations,
         predictor_path=path,
         saved=save,
         dropped=dropped,
@@ -134,24 +134,31 @@ class _Whole:
         folds: int,
     ) -> None:
         by_operator = {info.operator: (info, table) for info, table in found}
-        self.layer = self.skewed = self.host = None
+        self.predictor = predictor
+        self.layer = self.skewed = self.host = self.iterations = None
         if "host" in by_operator:
             self.host = judge_host(by_operator["host"][1], folds)
-        for operator in ("layer", "skewed_decode"):
+            self.predictor = replace(predictor, host=self.host[1])
+        # Each is judged with what those before it have added.
+        for operator in ("skewed_decode", "layer", "iteration"):
             if operator not in by_operator:
                 continue
             info, table = by_operator[operator]
             kernels = TrainedKernels(
                 part_used(device, profile.threads),
-                predictor,
+                self.predictor,
                 source=profile.source,
                 weight_dtype=info.dtype,
                 kv_dtype=info.dtype,
             )
-            if operator == "layer":
-                self.layer = judge_layers(profile, table, kernels, folds)
-            else:
+            if operator == "skewed_decode":
                 self.skewed = judge_skewed(table, kernels)
+            elif operator == "layer":
+                self.layer = judge_layers(profile, table, kernels, folds)
+                self.predictor = replace(self.predictor, layer=self.layer.correction)
+            elif self.host is not None:
+                self.iterations = judge_iterations(profile, table, kernels, self.host[1], folds)
+                self.predictor = replace(self.predictor, serving=self.iterations.serving)
 
 
 def _train_operator(

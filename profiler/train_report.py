@@ -8,7 +8,7 @@ from pathlib import Path
 from profiler.estimate import FloatArray
 from profiler.evaluation import Errors, FamilyErrors
 from profiler.overheads import HostOverhead
-from profiler.whole_layers import LayerReport
+from profiler.whole_layers import IterationReport, LayerReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,7 @@ class TrainReport:
     layer: LayerReport | None
     skewed: Errors | None
     host: tuple[Errors, HostOverhead] | None
+    iterations: IterationReport | None
     predictor_path: Path
     saved: bool
     dropped: dict[str, int]  # rows that the importer left out, by reason
@@ -111,6 +112,8 @@ class TrainReport:
                 f"{1e6 * host.prefill_s:.0f} and {1e6 * host.per_prefill_token_s:.2f} a token if there is a "
                 f"chunk, {1e6 * host.ranks_s:.0f} for messages to several ranks, held out {errors}"
             )
+        if self.iterations is not None:
+            lines += self.iterations.lines()
         return [*lines, ""] if lines else []
 
 

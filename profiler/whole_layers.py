@@ -1,4 +1,4 @@
-"""What the operators, measured one by one, are held against: whole layers, uneven contexts, the host."""
+"""What operators are held against: whole layers, whole iterations, uneven contexts, the host."""
 
 from __future__ import annotations
 
@@ -9,10 +9,23 @@ import numpy as np
 from profiler.coverage import entry_model
 from profiler.estimate import BoolArray, FloatArray
 from profiler.evaluation import Errors, by_folds, take
+from profiler.iteration import IterationModel
 from profiler.kernels import Kernels
 from profiler.layer_parts import layer_parts_s
-from profiler.overheads import HostOverhead, LayerCorrection, fit_host, fit_layer, host_s
+from profiler.overheads import (
+    HostOverhead,
+    LayerCorrection,
+    ServingOverhead,
+    fit_host,
+    fit_layer,
+    fit_serving,
+    host_s,
+    serving_s,
+)
 from profiler.tables import Profile, Table
+from specs import ParallelSpec
+
+MOST_LAYERS = 4  # of the model that are measured: enough that none finds its own weights in a GPU's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +94,72 @@ def judge_host(table: Table, count: int) -> tuple[Errors, HostOverhead]:
 
     errors = Errors.of(by_folds(count, len(table), predict), table.time_s)
     return errors, fit_host(table.shape, table.time_s)
+
+
+@dataclass(frozen=True, slots=True)
+class IterationReport:
+    """Whole iterations in a running engine against their operators and the host: `corrected` by what serving
+    adds, held out."""
+
+    parts: Errors
+    corrected: Errors
+    serving: ServingOverhead
+
+    def lines(self) -> list[str]:
+        """For people."""
+        found = self.serving
+        return [
+            f"iterations in the running engine ({self.parts.rows}): operators and host {self.parts}, "
+            f"corrected by {1e6 * found.base_s:.0f} µs, {1e6 * found.per_request_s:.1f} a request, "
+            f"{1e6 * found.prefill_s:.0f} with a chunk, {1e6 * found.tp_s:.0f} under tensor parallelism and "
+            f"{1e6 * found.idle_s:.0f} after a pause {self.corrected}"
+        ]
+
+
+def judge_iterations(
+    profile: Profile, table: Table, kernels: Kernels, host: HostOverhead, count: int
+) -> IterationReport:
+    """Predict every iteration from its operators and the host; fit what is missing, and say how well that
+    does held out.
+
+    Raises:
+        InputError: the profile doesn't say of which model they are.
+    """
+    parts_s = iterations_s(profile, table, kernels, host)
+
+    def predict(train: BoolArray, held: BoolArray) -> FloatArray:
+        rows = np.flatnonzero(train)
+        found = fit_serving(take(table, rows).shape, parts_s[rows], table.time_s[rows])
+        return np.asarray(parts_s[held] + serving_s(found, take(table, np.flatnonzero(held)).shape))
+
+    return IterationReport(
+        Errors.of(parts_s, table.time_s),
+        Errors.of(by_folds(count, len(table), predict), table.time_s),
+        fit_serving(table.shape, parts_s, table.time_s),
+    )
+
+
+def iterations_s(profile: Profile, table: Table, kernels: Kernels, host: HostOverhead) -> FloatArray:
+    """Seconds of each row of a table of iterations: its operators and the host."""
+    model = entry_model(profile.model, str(profile.path))
+    served = replace(model, num_layers=min(model.num_layers, MOST_LAYERS))
+    seconds = np.empty(len(table))
+    columns = [table.shape[name].astype(np.int64).tolist() for name in table.shape]
+    costs: dict[int, IterationModel] = {}
+    for row, values in enumerate(zip(*columns, strict=True)):
+        shape = dict(zip(table.shape, values, strict=True))
+        ranks, chunk, decodes = shape["ranks"], shape["chunk"], shape["requests"] - (shape["chunk"] > 0)
+        if ranks not in costs:
+            costs[ranks] = IterationModel(served, kernels, ParallelSpec(tp=ranks), host=host)
+        cost = costs[ranks]
+        # Of a prompt's chunks only the last yields a token; one that is sent alone has no other.
+        rows = 1 if shape["idle"] else decodes
+        seconds[row] = cost.tokens_s(decodes + chunk, rows, shape["requests"])
+        if chunk:
+            seconds[row] += cost.chunk_attention_s(chunk, shape["context"])
+        if decodes:
+            seconds[row] += cost.decode_attention_s(decodes, shape["decode_context"])
+    return seconds
 
 
 def noise_of(table: Table) -> float | None:

@@ -282,7 +282,8 @@ class Engine:
 
     def _record_stage(self, batch: Batch, done: StageDone) -> None:
         scheduler, stage = self.scheduler, done.stage
-        busy_s = done.launch_s + done.execute_s + done.sample_s
+        # A later stage has prepared its inputs while it waited for the activations.
+        busy_s = done.execute_s + done.sample_s
         start_s = self._starts_s.pop((batch.id, stage), max(self.now_s - busy_s, batch.formed_s))
         self.recorder.batch(
             (

@@ -17,6 +17,11 @@ class IterationCost(CostModel, Protocol):
         """Layers of each stage; its length is the number of stages."""
         ...
 
+    @property
+    def idle_s(self) -> float:
+        """Seconds that the first stage takes longer if the replica had nothing to do before."""
+        ...
+
     def stage_times_s(self, tokens: int, rows: int, requests: int, attention_s: float) -> list[float]:
         """Seconds of each stage; with the hand-overs they add up to the iteration."""
         ...

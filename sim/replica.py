@@ -71,6 +71,7 @@ class Replica:
         self._in_flight = 0
         self._waiting_for_work: simpy.Event | None = None
         self._in_run = False
+        self._was_idle = False  # before the batch that is about to begin
         # Each later stage has an inbox, and a link with an inbox before it.
         self._inboxes = [simpy.Store(env) for _ in range(self._num_stages)]
         self._links = [simpy.Store(env) for _ in range(self._num_stages)]
@@ -146,10 +147,13 @@ class Replica:
                 work = self._waiting_for_work = env.event()
                 if self.on_batch_end is not None:
                     self.on_batch_end()  # asking for a batch may have freed memory
+                began_s, is_idle = env.now, self._in_flight == 0
                 yield work
+                self._was_idle |= is_idle and env.now > began_s
                 continue
             self._in_flight += 1
-            steps = scheduler.steady_steps(batch) if self._fast_forward else 1
+            takes_longer = self._was_idle and self.cost.idle_s > 0.0
+            steps = scheduler.steady_steps(batch) if self._fast_forward and not takes_longer else 1
             if steps > 1:
                 yield from self._run(batch, steps)
             else:
@@ -204,9 +208,12 @@ class Replica:
     def stage_s(self, batch: Batch, stage: int) -> float:
         """Seconds that ``stage``, about to begin with ``batch``, takes: as long as its slowest KVP group."""
         loads = batch.loads
+        idle_s = 0.0
+        if stage == 0 and self._was_idle:
+            self._was_idle, idle_s = False, self.cost.idle_s
         if len(loads) == 1:
-            return self._load_s(batch, stage)
-        return max(self._load_s(load, stage) for load in loads if load.requests)
+            return idle_s + self._load_s(batch, stage)
+        return idle_s + max(self._load_s(load, stage) for load in loads if load.requests)
 
     def _load_s(self, load: Load, stage: int) -> float:
         if self._num_stages == 1:

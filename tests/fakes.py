@@ -11,7 +11,7 @@ class LinearCost:
     """An iteration takes ``base_s + token_s · tokens + pair_s · (chunk · context) + context_s · Σ contexts``.
 
     Times are split evenly over ``stages``; a hand-over takes ``handover_s``. Merging what KVP groups found
-    takes ``merge_s`` a token and group beyond the first.
+    takes ``merge_s`` a token and group beyond the first. After a pause ``idle_s`` are added.
     """
 
     def __init__(
@@ -24,11 +24,13 @@ class LinearCost:
         stages: int = 1,
         handover_s: float = 0.0,
         merge_s: float = 0.0,
+        idle_s: float = 0.0,
     ) -> None:
         self.base_s, self.token_s, self.pair_s, self.context_s = base_s, token_s, pair_s, context_s
         self.stage_layers = (1,) * stages
         self._handover_s = handover_s
         self._merge_s = merge_s
+        self.idle_s = idle_s
 
     def tokens_s(self, tokens: int, rows: int, requests: int) -> float:
         handovers_s = self._handover_s * (len(self.stage_layers) - 1)

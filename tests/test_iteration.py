@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from profiler.iteration import HostOverhead, IterationModel
 from profiler.kernels import Kernels, RooflineKernels, load_kernels
-from profiler.overheads import LayerCorrection
+from profiler.overheads import LayerCorrection, ServingOverhead
 from specs import ParallelSpec, get_device, get_model
 
 LLAMA_8B, LLAMA_70B, H100 = get_model("llama-3-8b"), get_model("llama-3-70b"), get_device("h100-sxm")
@@ -177,10 +177,17 @@ def test_the_share_outside_the_measured_range_is_known() -> None:
 class Measured(RooflineKernels):
     """The roofline as if it had been measured: with the host, whole layers and rotation angles."""
 
-    def __init__(self, *, includes_kv_write: bool = False, share: float = 0.1) -> None:
+    def __init__(
+        self,
+        *,
+        includes_kv_write: bool = False,
+        share: float = 0.1,
+        serving: ServingOverhead | None = None,
+    ) -> None:
         super().__init__(H100)
         self.host = HostOverhead(2e-4, 3e-6, source="measured")
         self.layer = LayerCorrection(1e-6, share)
+        self.serving = serving
         self.kinds = frozenset({"rope_angles"})
         self.attention_includes_kv_write = includes_kv_write
 
@@ -230,6 +237,22 @@ def test_whole_layers_take_what_was_measured_beyond_their_parts() -> None:
     assert ratio == pytest.approx(1.1) == more.decode_attention_s(4, 4000) / plain.decode_attention_s(4, 4000)
     predicted = predicted_s(more, [(512, 1000)], 4, 4000)
     assert predicted == pytest.approx(sum(rows.values()), rel=0.01)
+
+
+def test_a_running_engine_adds_what_was_measured_there() -> None:
+    serving = ServingOverhead(4e-4, 3e-5, prefill_s=1e-4, tp_s=2e-3, idle_s=5e-4)
+    for tp, tp_s in ((1, 0.0), (2, 2e-3)):
+        parallel = ParallelSpec(tp=tp, spp=2)
+        plain = IterationModel(LLAMA_8B, Measured(), parallel)
+        served = IterationModel(LLAMA_8B, Measured(serving=serving), parallel)
+        for tokens, requests, wanted_s in ((3, 3, 4.9e-4), (66, 3, 5.9e-4)):
+            added_s = served.tokens_s(tokens, 3, requests) - plain.tokens_s(tokens, 3, requests)
+            assert added_s == pytest.approx(wanted_s + tp_s)
+            stages = [model.stage_times_s(tokens, 3, requests, 0.01) for model in (served, plain)]
+            assert np.subtract(*stages) == pytest.approx([(wanted_s + tp_s) / 2] * 2)
+        rows = {row.name: row for row in served.explain([(64, 0)], 2, 300)}
+        assert rows["serving overhead"].time_s == pytest.approx(5.9e-4 + tp_s)
+        assert (plain.idle_s, served.idle_s) == (0.0, 5e-4)
 
 
 def test_a_perturbed_kernel_moves_its_own_rows_alone() -> None:

@@ -17,10 +17,11 @@ from profiler.measure import check as drift  # noqa: E402
 from profiler.measure.cases import Cases  # noqa: E402
 from profiler.measure.collectives import Ranks  # noqa: E402
 from profiler.measure.command import MeasureOptions, measure, set_up  # noqa: E402
-from profiler.measure.host import HostBench  # noqa: E402
+from profiler.measure.engine_bench import EngineBench  # noqa: E402
 from profiler.measure.layer import LayerBench  # noqa: E402
 from profiler.measure.measurer import Measurer  # noqa: E402
 from profiler.measure.points import Point  # noqa: E402
+from profiler.measure.serving_batches import contexts_of  # noqa: E402
 from profiler.measure.store import OK, OUT_OF_MEMORY, Visit  # noqa: E402
 from profiler.measure.timing import sample  # noqa: E402
 from profiler.tables import Profile, Table, TableInfo, read_profile, read_table, write_profile, write_table  # noqa: E402
@@ -114,13 +115,35 @@ def test_a_layer_takes_longer_with_more_tokens_and_leaves_the_cache_as_it_was() 
 def test_host_time_grows_with_the_batch_and_is_not_the_layers() -> None:
     """Several runs of one bench: what a run leaves in the KV cache must not fill it."""
     points = [Point.of("host", requests=n, chunk=chunk, ranks=1) for n, chunk in ((1, 0), (48, 0), (4, 512))]
-    bench = HostBench(MODEL, CPU, points, 1, "cpu", "fp32")
+    bench = EngineBench(MODEL, CPU, points, 1, "cpu", "fp32")
     few, many, mixed = [bench.time(point, 0.05) for point in points + points][3:]
     assert 1e-6 < few.time_s < many.time_s < 0.1
     assert few.samples >= 3 and mixed.samples >= 3  # ten or more where nobody else uses the machine
     assert isinstance(bench._executor, LocalExecutor)
     assert set(bench._executor.runner.model.cache.tables) == {-2}
     bench.close()
+
+
+def test_whole_iterations_take_longer_than_the_host_and_need_no_queue() -> None:
+    behind, decoded = contexts_of(1, 64, is_idle=True)
+    shape = {"chunk": 64, "context": behind, "decode_context": decoded, "ranks": 1}
+    points = [
+        Point.of("host", requests=1, chunk=64, ranks=1),
+        Point.of("iteration", requests=1, idle=0, **shape),
+        Point.of("iteration", requests=1, idle=1, **shape),
+    ]
+    bench = EngineBench(MODEL, CPU, points, 1, "cpu", "fp32")
+    host, busy, at_rest = [bench.time(point, 0.05) for point in points]
+    assert 1e-6 < host.time_s < min(busy.time_s, at_rest.time_s) < 0.1
+    assert busy.samples >= 3 and at_rest.samples >= 3
+    bench.close()
+
+
+def test_the_contexts_of_a_batch_by_hand() -> None:
+    """Sixteen steps behind the prompts of 32 tokens, and two to come in and go."""
+    assert contexts_of(3, 0, is_idle=False) == (0, 3 * (32 + 9))
+    assert contexts_of(3, 64, is_idle=False) == (96, 2 * (32 + 9))  # chunks behind 0, 64, 128, 192
+    assert contexts_of(1, 64, is_idle=True) == (0, 0)
 
 
 def test_ranks_time_collectives_and_end() -> None:

@@ -50,6 +50,14 @@ def test_host_points_have_chunks_and_ranks_that_the_model_can_be_cut_for() -> No
     assert {(p["chunk"], p["ranks"]) for p in quick.candidates()["host"]} == {(0, 1), (64, 1), (256, 1)}
 
 
+def test_iterations_are_those_of_the_host_and_prompts_that_come_to_an_engine_at_rest() -> None:
+    points = GRID.candidates()["iteration"]
+    busy = {(p["requests"], p["chunk"], p["ranks"]) for p in points if not p["idle"]}
+    assert busy == {host.shape for host in GRID.candidates()["host"]}
+    at_rest = {(p["requests"], p["chunk"], p["ranks"]) for p in points if p["idle"]}
+    assert at_rest == {(1, chunk, ranks) for chunk in (64, 256, 1024) for ranks in (1, 2)}
+
+
 def test_every_prefix_of_the_coarse_grid_covers_the_range() -> None:
     coarse = GRID.coarse()["gemm"]
     every = GRID.candidates()["gemm"]

@@ -18,7 +18,16 @@ from profiler.cpu_operators import (
 from profiler.formulas import make_physics
 from profiler.kernels import find_profile, load_kernels
 from profiler.operators import OperatorModel
-from profiler.overheads import HOST_RATES, HostOverhead, fit_host, host_s
+from profiler.overheads import (
+    HOST_RATES,
+    SERVING_RATES,
+    HostOverhead,
+    ServingOverhead,
+    fit_host,
+    fit_serving,
+    host_s,
+    serving_s,
+)
 from profiler.tables import PROFILES
 from profiler.train import TrainReport, train
 from specs import get_device, get_model
@@ -120,6 +129,23 @@ def test_host_rates_are_recovered() -> None:
         assert getattr(found, name) == pytest.approx(getattr(true, name), rel=0.25), name
     without = fit_host({**shape, "ranks": np.ones(200)}, host_s(true, {**shape, "ranks": np.ones(200)}))
     assert without.ranks_s == 0.0 and without.source == "measured"
+
+
+def test_what_serving_adds_is_recovered() -> None:
+    rng = np.random.default_rng(1)
+    shape = {
+        "requests": 2.0 ** rng.integers(0, 7, 200),
+        "chunk": rng.choice([0.0, 64.0, 1024.0], 200),
+        "ranks": rng.choice([1.0, 2.0], 200),
+        "idle": rng.choice([0.0, 1.0], 200),
+    }
+    true = ServingOverhead(4e-4, 4e-5, prefill_s=3e-4, tp_s=1.7e-3, idle_s=6e-4)
+    parts_s = np.exp(rng.uniform(np.log(2e-3), np.log(2e-2), 200))
+    time_s = (parts_s + serving_s(true, shape)) * np.exp(rng.normal(0, 0.01, 200))
+    found = fit_serving(shape, parts_s, time_s)
+    for name in SERVING_RATES:
+        assert getattr(found, name) == pytest.approx(getattr(true, name), rel=0.25), name
+    assert fit_serving(shape, 2 * time_s, time_s) == ServingOverhead()  # never less than the parts
 
 
 # -- the shipped profile ----------------------------------------------------------------------------------

@@ -302,6 +302,25 @@ def test_length_partitioning_keeps_short_prompts_off_the_long_replica() -> None:
         simulate(work, Setup(COST, 100_000, replicas=1, router="length_partitioned"))
 
 
+def test_a_batch_after_a_pause_takes_longer() -> None:
+    """Two prompts come to a replica at rest, one to a busy one; by hand."""
+    cost = LinearCost(base_s=1.0, idle_s=0.25)
+    work = workload([5.0, 5.5, 20.0], [100] * 3, [3, 1, 2])
+    for step_by_step in (False, True):
+        records = simulate(work, Setup(cost, 10_000, SchedulerSettings()), step_by_step=step_by_step)
+        assert records.requests["first_token_s"].tolist() == [6.25, 7.25, 21.25]
+        assert records.requests["finished_s"].tolist() == [8.25, 7.25, 22.25]
+    busy = simulate(workload([0.0], [100], [1]), Setup(cost, 10_000))
+    assert busy.requests["first_token_s"][0] == 1.0  # it was there from the beginning
+
+
+def test_a_pipeline_is_at_rest_when_its_last_stage_is() -> None:
+    """Stages of a second. The second prompt comes while the first one is in the last stage."""
+    cost = LinearCost(base_s=2.0, idle_s=0.25, stages=2)
+    records = simulate(workload([1.0, 2.5, 9.0], [100] * 3, [1] * 3), Setup(cost, 10_000))
+    assert records.requests["first_token_s"].tolist() == [3.25, 4.5, 11.25]
+
+
 def test_ctrl_c_keeps_what_finished() -> None:
     n = 1000
     work = workload(poisson(10.0, n, 11).tolist(), [100] * n, [20] * n)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from experiments.batch_times import ErrorSummary, batch_times
+from experiments.batch_times import BatchTimes, ErrorSummary, batch_times
 from experiments.build import Experiment, build
 from experiments.cases import load_cases
 from experiments.cli import main
@@ -21,11 +21,12 @@ from experiments.ladder import compare_requests
 from experiments.live import serve_live
 from experiments.live_records import LiveRun
 from experiments.load import load_config
+from experiments.pace import measured_paces
 from policies.batch import Batch
 from sim.cluster import Cluster, simulate
+from sim.paced import Pace, simulate_paced
 from sim.replayed import RecordedRun, delay_until, replay, slices_of
 from sim.replica import Replica
-from sim.slowed import simulate_slowed
 from specs.errors import InputError
 from tests.test_live import CONFIG
 from traces.records import RunRecords
@@ -170,9 +171,36 @@ def test_another_policy_diverges(tmp_path: Path) -> None:
 def test_a_slower_machine_decides_as_before_and_takes_longer(tmp_path: Path) -> None:
     made = experiment(tmp_path, scheduler={"priority": "fcfs", "chunking": "static", "chunk_tokens": 4096})
     one = replace(made.workload, arrival_s=np.arange(len(made.workload)) * 100.0)  # one at a time
-    plain, slowed = simulate(one, made.setup), simulate_slowed(one, made.setup, 1.7)
+    plain, slowed = simulate(one, made.setup), simulate_paced(one, made.setup, [Pace(1.7, 1.7, 1.7)])
     np.testing.assert_allclose(slowed.ttft_s, 1.7 * plain.ttft_s, rtol=1e-6)
     np.testing.assert_allclose(slowed.e2e_s, 1.7 * plain.e2e_s, rtol=1e-6)
+
+
+def test_each_kind_of_batches_has_its_own_pace(tmp_path: Path) -> None:
+    """By hand: in a request of its own the first token is the prefills', the rest are decodes'."""
+    made = experiment(tmp_path, scheduler={"priority": "fcfs", "chunking": "static", "chunk_tokens": 4096})
+    one = replace(made.workload, arrival_s=np.arange(len(made.workload)) * 100.0)
+    plain, paced = simulate(one, made.setup), simulate_paced(one, made.setup, [Pace(3.0, 100.0, 2.0)])
+    np.testing.assert_allclose(paced.ttft_s, 2.0 * plain.ttft_s, rtol=1e-6)
+    np.testing.assert_allclose(
+        paced.e2e_s - paced.ttft_s, 3.0 * (plain.e2e_s - plain.ttft_s), rtol=1e-6, atol=1e-12
+    )
+
+
+def test_paces_are_sums_by_kind_and_stage() -> None:
+    """Decodes 2 ×, mixed batches 3 ×; too few prefills in stage 0 and none in stage 1 take that of all."""
+    kind = np.array([0] * 10 + [1] * 10 + [2] * 9 + [0] * 10)
+    stage = np.array([0] * 29 + [1] * 10)
+    predicted_s = np.linspace(1.0, 2.0, 39)
+    factor = np.where(stage == 1, 4.0, np.array([2.0, 3.0, 5.0])[kind])
+    parts_s = np.stack([predicted_s, np.zeros(39), np.zeros(39)], axis=1)
+    times = BatchTimes(parts_s, parts_s * np.nan, factor * predicted_s, kind, stage)
+    first, second, third = measured_paces(times, 3)
+    of_all = float((factor * predicted_s)[:29].sum() / predicted_s[:29].sum())
+    assert (first.decode, first.mixed) == (pytest.approx(2.0), pytest.approx(3.0))
+    assert first.prefill == pytest.approx(of_all)
+    assert (second.decode, second.mixed, second.prefill) == pytest.approx((4.0, 4.0, 4.0))
+    assert third == Pace()
 
 
 def test_a_delay_ends_at_the_very_moment() -> None:

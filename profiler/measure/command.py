@@ -237,6 +237,7 @@ OPERATORS = (
     "send_recv",
     "layer",
     "host",
+    "iteration",
 )
 
 

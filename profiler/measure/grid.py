@@ -11,6 +11,7 @@ import numpy as np
 from profiler.estimate import FloatArray
 from profiler.formulas import make_physics
 from profiler.measure.points import Point
+from profiler.measure.serving_batches import contexts_of
 from profiler.tables import COLUMNS
 from profiler.work import (
     activation_bytes,
@@ -45,6 +46,7 @@ _COARSE = {
     "all_gather": 20,
     "send_recv": 20,
     "host": 24,
+    "iteration": 56,
 }
 MERGE_SHARDS = (2, 3, 4, 8)
 HOST_CHUNKS = (0, 64, 256, 1024)  # tokens of the chunk in a batch whose host time is taken
@@ -137,6 +139,7 @@ class Grid:
             "skewed_decode": self._skewed,
             "layer": self._layer,
             "host": self._host,
+            "iteration": self._iteration,
         }
         if operator in makers:
             return makers[operator]()
@@ -249,6 +252,14 @@ class Grid:
         for ranks, chunk, requests in product(ranks_of, chunks, counts):
             if ranks == 1 or ranks in self.limits.tps:
                 yield Point("host", (requests, chunk, ranks))
+
+    def _iteration(self) -> Iterable[Point]:
+        """The same, and prompts that come to an engine at rest."""
+        for host in self._host():
+            requests, chunk, ranks = host.shape
+            for idle in (0, 1) if chunk and requests == 1 else (0,):
+                behind, decoded = contexts_of(requests, chunk, is_idle=bool(idle))
+                yield Point("iteration", (requests, chunk, behind, decoded, idle, ranks))
 
     def _collective(self, operator: str) -> Iterable[Point]:
         largest = self.limits.tokens * self.model.hidden_size * self.element

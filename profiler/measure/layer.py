@@ -9,6 +9,7 @@ import torch
 
 from profiler.measure.points import Point
 from profiler.measure.timing import Call, sample
+from profiler.whole_layers import MOST_LAYERS
 from runtime import layers
 from runtime.attention import Backend
 from runtime.distributed import Mesh
@@ -19,7 +20,6 @@ from runtime.weights import Part, load_weights
 from specs import ParallelSpec
 from specs.models import ModelSpec
 
-MOST_LAYERS = 4  # enough that no layer finds its own weights in a GPU's cache
 BLOCK_TOKENS = 16
 
 

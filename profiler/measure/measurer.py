@@ -9,7 +9,7 @@ import torch
 
 from profiler.measure import collectives
 from profiler.measure.cases import Cases
-from profiler.measure.host import HostBench
+from profiler.measure.engine_bench import ENGINE_OPERATORS, EngineBench
 from profiler.measure.layer import BLOCK_TOKENS, LayerBench
 from profiler.measure.points import Point
 from profiler.measure.store import OUT_OF_MEMORY, Visit
@@ -20,7 +20,7 @@ from specs.errors import InputError
 from specs.models import ModelSpec
 
 COLLECTIVE_VISITS = 2  # times as long as others: their times scatter most
-HOST_VISITS = 6
+ENGINE_VISITS = 6
 
 
 class Measurer:
@@ -63,8 +63,8 @@ class Measurer:
                 tokens += (point["decodes"] + 2) * 2 * BLOCK_TOKENS
                 self._layer_tokens[point["tp"]] = max(tokens, self._layer_tokens.get(point["tp"], 0))
         self._spec = spec
-        self._host_points = [point for point in points if point.operator == "host"]
-        self._hosts: dict[int, HostBench] = {}
+        self._engine_points = [point for point in points if point.operator in ENGINE_OPERATORS]
+        self._engines: dict[int, EngineBench] = {}
         self._layers: dict[int, LayerBench] = {}
         self._ranks: dict[int, collectives.Ranks] = {}
 
@@ -85,8 +85,8 @@ class Measurer:
         """End the other ranks."""
         for ranks in self._ranks.values():
             ranks.close()
-        for host in self._hosts.values():
-            host.close()
+        for engine in self._engines.values():
+            engine.close()
 
     def _samples(self, point: Point) -> Samples:
         operator = point.operator
@@ -94,19 +94,19 @@ class Measurer:
             return sample(self.cases.call(point), self.device, self.visit_s)
         if operator == "layer":
             return Samples(*self._layer_bench(point["tp"]).time(point, 2 * self.visit_s))
-        if operator == "host":
-            return self._host_bench(point["ranks"]).time(point, HOST_VISITS * self.visit_s)
+        if operator in ENGINE_OPERATORS:
+            return self._engine_bench(point["ranks"]).time(point, ENGINE_VISITS * self.visit_s)
         count = point["ranks"]
         if count not in self._ranks:
             self._ranks[count] = collectives.Ranks(count, self.device, self.dtype)
         return self._ranks[count].time(point, COLLECTIVE_VISITS * self.visit_s)
 
-    def _host_bench(self, ranks: int) -> HostBench:
-        if ranks not in self._hosts:
+    def _engine_bench(self, ranks: int) -> EngineBench:
+        if ranks not in self._engines:
             dtype = next(name for name, each in DTYPES.items() if each == self.dtype)
-            points = [point for point in self._host_points if point["ranks"] == ranks]
-            self._hosts[ranks] = HostBench(self.model, self._spec, points, ranks, str(self.device), dtype)
-        return self._hosts[ranks]
+            points = [point for point in self._engine_points if point["ranks"] == ranks]
+            self._engines[ranks] = EngineBench(self.model, self._spec, points, ranks, str(self.device), dtype)
+        return self._engines[ranks]
 
     def _layer_bench(self, tp: int) -> LayerBench:
         if tp not in self._layers:
@@ -129,7 +129,7 @@ def _buffer_bytes(model: ModelSpec, spec: DeviceSpec, element: int, points: Sequ
             tokens, kv_heads, rows = point["context"], point["kv_heads"], point["chunk"]
         elif point.operator in ("decode_attention", "skewed_decode"):
             tokens, kv_heads, rows = point["total_context"], point["kv_heads"], point["batch"]
-        elif point.operator in ("gemm", "layer", "host", "all_reduce", "all_gather", "send_recv"):
+        elif point.operator in ("gemm", "layer", *ENGINE_OPERATORS, "all_reduce", "all_gather", "send_recv"):
             continue
         else:
             largest = max(largest, point["rows"] * point["width"] * 3)

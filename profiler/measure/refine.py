@@ -21,7 +21,12 @@ FAR_OCTAVES = 2.0  # beyond this distance from any measurement, more distance is
 # Doubt counts by how much of an iteration the operator takes.
 _IMPORTANCE = {"gemm": 1.0, "prefill_attention": 1.0, "decode_attention": 1.0}
 _LESSER = 0.4
-_WITHOUT_MODEL = ("layer", "host", "skewed_decode")  # held against the others, not fitted themselves
+_WITHOUT_MODEL = (
+    "layer",
+    "host",
+    "iteration",
+    "skewed_decode",
+)  # held against the others, not fitted themselves
 
 
 class Refiner:

@@ -1,8 +1,10 @@
-"""What the host does in an iteration: schedule, prepare, collect; timed while the runtime itself serves.
+"""What an iteration takes while the runtime itself serves: all of it, and the host's part.
 
-The engine, its scheduler and the runner are those of a live run, with as many layers of the model as matter:
-what the layers leave of the engine's code and data in the caches is part of what the host's work takes. A
-batch's time less what the layers, the LM head and the sampling took is the host's.
+The host schedules, prepares and collects. The engine, its scheduler and the runner are those of a live run,
+with as many layers of the model as matter: what the layers leave of the engine's code and data in the caches
+is part of what the host's work takes. A batch's time less what the layers, the LM head and the sampling took
+is the host's. The other way round the host's work pushes the layers' code and data out of the caches: a whole
+iteration is longer than its operators, timed in loops.
 """
 
 from __future__ import annotations
@@ -12,13 +14,15 @@ from dataclasses import replace
 from statistics import median
 
 import numpy as np
+from numpy.typing import NDArray
 
 from policies.scheduler import SchedulerSettings
 from profiler.iteration import IterationModel
-from profiler.measure.layer import MOST_LAYERS
 from profiler.measure.points import Point
+from profiler.measure.serving_batches import PROMPT_TOKENS, STEPS, lone_prompts, workload_of
 from profiler.measure.timing import CORE, PATIENCE, PATIENCE_S, Samples
 from profiler.roofline_kernels import RooflineKernels
+from profiler.whole_layers import MOST_LAYERS
 from runtime.engine import Engine, LiveSetup
 from runtime.executors import Executor
 from runtime.launcher import start_executor
@@ -27,16 +31,15 @@ from runtime.runner import RunnerSpec
 from specs import ParallelSpec
 from specs.devices import DeviceSpec
 from specs.models import ModelSpec
-from traces.workload import Workload
+from traces.synthesis import ClosedLoop
 
-PROMPT_TOKENS = 32  # of requests that decode
-CHUNKS = 4  # of each prompt that is taken in beside them
 BLOCK_TOKENS = 16
-STEPS = 16  # of a run; where the machine is disturbed in one, none of them counts
 RUNS = 6
+ENGINE_OPERATORS = ("host", "iteration")
+IDLE_S = 0.05  # that the engine has nothing to do before an iteration that is to find it so
 
 
-class HostBench:
+class EngineBench:
     """Serves batches of one shape over and over, with one rank or, under tensor parallelism, with several.
 
     Args:
@@ -51,7 +54,7 @@ class HostBench:
     ) -> None:
         served = replace(model, num_layers=min(model.num_layers, MOST_LAYERS))
         parallel = ParallelSpec(tp=ranks)
-        workloads = [_workload(point["requests"], point["chunk"]) for point in points]
+        workloads = [workload_of(point["requests"], point["chunk"]) for point in points]
         each = [w.prompt_tokens.astype(np.int64) + w.output_tokens + 2 * BLOCK_TOKENS for w in workloads]
         self._runner = RunnerSpec(
             served,
@@ -67,7 +70,8 @@ class HostBench:
         self._executor: Executor = start_executor(self._runner)
 
     def time(self, point: Point, visit_s: float) -> Samples:
-        """Host seconds of an iteration of so many requests, one of them a chunk if the point has one."""
+        """Seconds of an iteration of so many requests, one of them a chunk if the point has one: the host's
+        part of it, or all of it."""
         times: list[float] = []
         disturbed: list[float] = []
         began_s = time.perf_counter()
@@ -75,7 +79,7 @@ class HostBench:
         give_up_s = began_s + max(PATIENCE * visit_s, PATIENCE_S)
         while len(times) < RUNS * STEPS and time.perf_counter() < (until_s if times else give_up_s):
             quiet = CORE.is_quiet()
-            found = self._serve(point["requests"], point["chunk"])
+            found = self._serve(point)
             (times if quiet and CORE.is_quiet() else disturbed).extend(found)
         times = times or sorted(disturbed)[: max(len(disturbed) // 2, 1)]
         low, high = np.quantile(times, [0.25, 0.75])
@@ -85,8 +89,11 @@ class HostBench:
         """End the ranks."""
         self._executor.close()
 
-    def _serve(self, requests: int, chunk: int) -> list[float]:
-        """The host's part of every iteration of that shape in one run."""
+    def _serve(self, point: Point) -> list[float]:
+        """Seconds of every iteration of that shape in one run."""
+        requests, chunk = point["requests"], point["chunk"]
+        is_host = point.operator == "host"
+        is_idle = not is_host and bool(point["idle"])
         decodes = requests - bool(chunk)
         tokens = decodes + chunk if chunk else decodes * PROMPT_TOKENS
         setup = LiveSetup(
@@ -99,15 +106,18 @@ class HostBench:
                 block_tokens=BLOCK_TOKENS,
                 watermark=0.0,
             ),
+            closed_loop=ClosedLoop(1, IDLE_S) if is_idle else None,
         )
-        workload = _workload(requests, chunk)
+        workload = lone_prompts(chunk) if is_idle else workload_of(requests, chunk)
         records = Engine(workload, setup, self._executor).run()
         self._let_go(len(workload))
         batches, host = records.batches, records.host
-        host_s = batches["end_s"] - batches["start_s"] - host["execute_s"] - host["sample_s"]
+        time_s: NDArray[np.float64] = batches["end_s"] - batches["start_s"]
+        if is_host:
+            time_s = time_s - host["execute_s"] - host["sample_s"]
         wanted = (batches["num_decodes"] == decodes) & (batches["prefill_tokens"] == chunk)
-        found: list[float] = host_s[wanted & (batches["num_prefills"] == bool(chunk))].tolist()
-        return found
+        found: list[float] = time_s[wanted & (batches["num_prefills"] == bool(chunk))].tolist()
+        return found[is_idle:]  # nobody waited before the first one
 
     def _let_go(self, requests: int) -> None:
         """Free the KV blocks of the requests of a run: its engine would with its next batch."""
@@ -116,20 +126,3 @@ class HostBench:
         self._executor.submit(Plan(-2, [token], np.zeros(1, dtype=np.int64), freed))
         for _ in range(self._executor.num_stages):
             self._executor.wait()
-
-
-def _workload(requests: int, chunk: int) -> Workload:
-    """Requests that decode, and after them, in the queue, prompts of a few chunks each."""
-    decodes = requests - bool(chunk)
-    prompts = [PROMPT_TOKENS] * decodes
-    # Their prompts come in beside each other's decodes, which takes a while if chunks are small.
-    outputs = [STEPS + 2 + (decodes * PROMPT_TOKENS // chunk if chunk else 0)] * decodes
-    if chunk:
-        prompts += [CHUNKS * chunk] * (STEPS // CHUNKS)
-        outputs += [1] * (STEPS // CHUNKS)
-    return Workload(
-        prompt_tokens=np.array(prompts, dtype=np.int32),
-        output_tokens=np.array(outputs, dtype=np.int32),
-        arrival_s=np.zeros(len(prompts)),
-        slo_class=None,
-    )
