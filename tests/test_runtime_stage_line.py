@@ -59,6 +59,9 @@ def test_other_sizes_and_a_lost_line_are_errors(ends):
     there.send(torch.zeros(4))
     with pytest.raises(OSError, match="16 bytes came where 20 were due"):
         here.receive(torch.zeros(5))
+    there.send(torch.zeros(4))
+    with pytest.raises(OSError, match="16 bytes came where 12 were due"):
+        here.receive(torch.zeros(3))
     there.close()
     with pytest.raises((EOFError, OSError)):
         here.receive(torch.zeros(4))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,13 @@ def test_there_are_records_of_every_case_of_the_small_sets() -> None:
     wanted |= {f"full/lars-sharing.{layout}-60" for layout in ("one", "tp2", "kvp2", "spp2")}
     assert {case.as_posix() for case in CASES} == wanted
     assert all(len(list((RECORDS / case).glob("live-*/live.json"))) == 2 for case in CASES)
+
+
+def test_records_name_no_place_on_the_machine_that_made_them() -> None:
+    texts = [
+        path.read_text(encoding="utf-8") for path in RECORDS.rglob("*") if path.suffix in (".yaml", ".json")
+    ]
+    assert texts and not any(re.search(r"[:\s\"\'\[]/\w+/", text) for text in texts)
 
 
 def test_short_prompts_passed_the_long_one_live_too() -> None:

@@ -251,6 +251,41 @@ def test_only_the_servers_own_processes_are_stopped(tmp_path: Path) -> None:
         server.wait()
 
 
+@pytest.mark.parametrize("status", [1, 130])
+def test_a_run_that_fails_ends_the_repetition_and_the_server(
+    status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """130 is Ctrl-C: nothing is learned from a run that was cut short."""
+    called: list[str] = []
+
+    def measured(config: Path, out: Path, home: Path, overrides: list[str]) -> int:
+        called.append(out.name)
+        return status if out.name == "load30" else 0
+
+    monkeypatch.setattr(vllm_cpu, "installed", lambda home: True)
+    monkeypatch.setattr(vllm_cpu, "start", lambda home: called.append("start"))
+    monkeypatch.setattr(vllm_cpu, "stop", lambda home: called.append("stop"))
+    monkeypatch.setattr(vllm_cpu, "measure_here", measured)
+    assert vllm_cpu.repeat(tmp_path, 5.0) == status
+    assert called == ["start", "warm-up", "calibrate", "load30", "stop"]
+
+
+def test_an_installation_that_was_cut_short_is_none(tmp_path: Path) -> None:
+    packages = tmp_path / "venv" / "lib" / "python3.12" / "site-packages"
+    given = packages / f"vllm_cpu-{vllm_server.VERSION}.dist-info"
+    given.mkdir(parents=True)
+    (given / "METADATA").write_text("Metadata-Version: 2.4\nName: vllm-cpu\nVersion: 1\n\nName: of nothing\n")
+    (tmp_path / "venv" / "bin").mkdir()
+    (tmp_path / "venv" / "bin" / "vllm").touch()
+    assert not vllm_server.installed(tmp_path)
+    vllm_server._name_it_vllm(packages)
+    assert vllm_server.installed(tmp_path)
+    (renamed,) = packages.glob("vllm-*/METADATA")
+    lines = renamed.read_text().splitlines()
+    assert lines[1:3] == ["Name: vllm", f"Version: {vllm_server.VERSION}+cpu"]
+    assert lines[-1] == "Name: of nothing"
+
+
 @pytest.mark.skipif(HOME is None, reason="CONVOY_VLLM_CPU doesn't name the folder that vLLM is installed in")
 def test_the_server_starts_answers_and_stops(tmp_path: Path) -> None:
     assert HOME is not None

@@ -61,7 +61,7 @@ class LoggedScheduler(Scheduler):
         sums = [0] * 5
         for name, tokens in output.num_scheduled_tokens.items():
             context = before[name]
-            if context < self.requests[name].num_prompt_tokens:
+            if tokens > 1 or context < self.requests[name].num_prompt_tokens:  # or recomputed
                 sums[0] += tokens
                 sums[1] += 1
                 sums[2] += context
