@@ -191,7 +191,8 @@ class IterationModel:
         """
         by_tokens = self._layers_s(tokens) + attention_s
         layers = self.model.num_layers
-        by_tokens += self.serving_s(tokens, requests)
+        if self.kernels.serving is not None:
+            by_tokens += self.serving_s(tokens, requests)
         times = [by_tokens * count / layers for count in self.stage_layers]
         times[0] += self.host_s(tokens, requests)
         times[-1] += self._rows_table[rows] if rows < len(self._rows_table) else self._rows_line.at(rows)
@@ -218,7 +219,8 @@ class IterationModel:
 
     def host_s(self, tokens: int, requests: int) -> float:
         """Seconds of the host's work in an iteration: one of more tokens than requests has a chunk."""
-        decodes_s = self.host.decodes_s(requests, self._ranks)
+        known = requests < len(self._host_table)
+        decodes_s = self._host_table[requests] if known else self.host.decodes_s(requests, self._ranks)
         if tokens <= requests:
             return decodes_s
         return decodes_s + self.host.prefill_s + (tokens - requests) * self.host.per_prefill_token_s
@@ -438,6 +440,7 @@ class IterationModel:
 
     def _compile_overheads(self, max_requests: int) -> None:
         self._chunk_overhead_s = self.host.prefill_s + self.serving.prefill_s
+        self._host_table = [self.host.decodes_s(n, self._ranks) for n in range(max_requests + 1)]
         self._overhead_table = [self._decodes_overhead_s(n) for n in range(max_requests + 1)]
 
     def _compile_rows(self, max_rows: int) -> None:
