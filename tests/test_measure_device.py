@@ -136,6 +136,8 @@ def test_whole_iterations_take_longer_than_the_host_and_need_no_queue() -> None:
     host, busy, at_rest = [bench.time(point, 0.05) for point in points]
     assert 1e-6 < host.time_s < min(busy.time_s, at_rest.time_s) < 0.1
     assert busy.samples >= 3 and at_rest.samples >= 3
+    # Eight prompts, one by one; before the first one nobody waited.
+    assert len(bench._serve(points[2])) == 7
     bench.close()
 
 
