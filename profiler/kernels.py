@@ -63,7 +63,8 @@ class Kernels(Protocol):
     passed_over: tuple[str, ...]
 
     def perturbed(self, factors: Mapping[str, float]) -> Kernels:
-        """The same with the times of each measured operator multiplied by its factor, where there is one."""
+        """The same with the times of each operator multiplied by its factor, where there is one, beyond any
+        factors that it was given before."""
 
     @property
     def operators(self) -> frozenset[str]:

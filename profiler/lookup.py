@@ -7,9 +7,6 @@ whole batches; and whole forward passes (`profiler.passes`). What they don't hol
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from copy import copy
-
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -56,19 +53,12 @@ class LookupKernels(RooflineKernels):
             self._passes = ForwardPasses(model, device, tables["forward_pass"], weight_dtype)
         self.kinds = frozenset(tables)
         self.attention_includes_kv_write = self._passes is not None or bool(self._prefill_ladders)
-        self._factors: dict[str, float] = {}
 
     @property
     def operators(self) -> frozenset[str]:
         if self._passes is not None:
             return frozenset({"rest_of_layer", "prefill_attention", "decode_attention", "roofline"})
         return super().operators
-
-    def perturbed(self, factors: Mapping[str, float]) -> LookupKernels:
-        other = copy(self)
-        other._sheet_factors = self._on_sheet(factors)
-        other._factors = {name: factor * self._factors.get(name, 1.0) for name, factor in factors.items()}
-        return other
 
     def gemm(self, m: ArrayLike, n: ArrayLike, k: ArrayLike) -> Estimate:
         m, n, k = broadcast(m, n, k)
@@ -135,11 +125,11 @@ class LookupKernels(RooflineKernels):
     ) -> FloatArray | None:
         if (found := self._mixing.get(heads)) is None:
             return None
-        return found.at(chunk, decodes, mean_context) * self._factors.get("mixed_attention", 1.0)
+        return found.at(chunk, decodes, mean_context) * self._factor("mixed_attention")
 
     def spread_s(self, decodes: FloatArray, heads: Heads, *, mixed: bool) -> FloatArray | None:
         found = self._spread.get((heads, mixed))
-        return None if found is None else found.at(decodes)
+        return None if found is None else found.at(decodes) * self._factor("uneven_attention")
 
     def _learn_joint(self, key: Heads, mixed: Table | None, uneven: Table | None) -> None:
         """Attention of whole batches, for one number of heads."""
@@ -152,7 +142,7 @@ class LookupKernels(RooflineKernels):
                 self._spread[key, beside] = found
 
     def _found(self, operator: str, time_s: FloatArray, floor_s: FloatArray, outside: BoolArray) -> Estimate:
-        time_s = np.maximum(time_s * self._factors.get(operator, 1.0), floor_s)
+        time_s = np.maximum(time_s * self._factor(operator), floor_s)
         return Estimate(time_s, floor_s, outside, self._source, None, operator)
 
 

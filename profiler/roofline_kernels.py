@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import copy
+from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -55,7 +56,7 @@ class RooflineKernels:
         self.attention_includes_kv_write = False
         self.steps_may_fall = False
         self.passed_over = passed_over
-        self._sheet_factors: Mapping[str, float] = {}  # on times that come from the data sheet
+        self._factors: Mapping[str, float] = {}
 
     @property
     def operators(self) -> frozenset[str]:
@@ -65,15 +66,15 @@ class RooflineKernels:
     def intervals(self) -> Mapping[str, tuple[float, float]]:
         return {}
 
-    def perturbed(self, factors: Mapping[str, float]) -> RooflineKernels:
+    def perturbed(self, factors: Mapping[str, float]) -> Self:
         other = copy(self)
-        other._sheet_factors = self._on_sheet(factors)
+        more = {name: factor * self._factor(name) for name, factor in factors.items()}
+        other._factors = {**self._factors, **more}
         return other
 
-    def _on_sheet(self, factors: Mapping[str, float]) -> dict[str, float]:
-        """The factors on times of the data sheet, with new ones; none of an operator with a table."""
-        new = {name: factor for name, factor in factors.items() if name not in self.kinds}
-        return {**self._sheet_factors, **new}
+    def _factor(self, operator: str) -> float:
+        """The product of all factors that an operator was given."""
+        return self._factors.get(operator, 1.0)
 
     def gemm(self, m: ArrayLike, n: ArrayLike, k: ArrayLike) -> Estimate:
         m, n, k = broadcast(m, n, k)
@@ -154,8 +155,10 @@ class RooflineKernels:
 
     def _estimate(self, physics: Physics, shape: Shape) -> Estimate:
         time_s, floor_s = physics.time_s(shape, physics.defaults()), physics.floor_s(shape)
-        return self._roofline(time_s * self._sheet_factors.get(physics.operator, 1.0), floor_s)
+        operator = physics.operator
+        # The factor of an operator with a table is on the table's times.
+        return self._roofline(time_s * (1.0 if operator in self.kinds else self._factor(operator)), floor_s)
 
     def _roofline(self, time_s: FloatArray, floor_s: FloatArray) -> Estimate:
-        time_s = np.maximum(time_s * self._sheet_factors.get("roofline", 1.0), floor_s)
+        time_s = np.maximum(time_s * self._factor("roofline"), floor_s)
         return Estimate(time_s, floor_s, np.ones(floor_s.shape, dtype=np.bool_), "roofline")

@@ -8,7 +8,6 @@ as high as those before, and interpolated. So a value doesn't depend on what els
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import copy
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -80,17 +79,10 @@ class TrainedKernels(RooflineKernels):
             "prefill_attention",
             "decode_attention",
         } <= set(self._models)
-        self._factors: dict[str, float] = {}
 
     @property
     def intervals(self) -> Mapping[str, tuple[float, float]]:
         return self._intervals
-
-    def perturbed(self, factors: Mapping[str, float]) -> TrainedKernels:
-        other = copy(self)
-        other._sheet_factors = self._on_sheet(factors)
-        other._factors = {name: factors[name] for name in self._models if name in factors}
-        return other
 
     def gemm(self, m: ArrayLike, n: ArrayLike, k: ArrayLike) -> Estimate:
         if (model := self._models.get("gemm")) is None:
@@ -202,7 +194,7 @@ class TrainedKernels(RooflineKernels):
         floor_s: FloatArray,
         extrapolated: BoolArray,
     ) -> Estimate:
-        time_s = np.maximum(time_s * self._factors.get(operator, 1.0), floor_s)
+        time_s = np.maximum(time_s * self._factor(operator), floor_s)
         return Estimate(
             time_s.reshape(shape),
             floor_s.reshape(shape),

@@ -81,6 +81,18 @@ def test_a_run_with_intervals(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "With kernel times off as they were on held-out measurements" in capsys.readouterr().out
 
 
+def test_intervals_are_around_a_prediction_with_the_users_factors(tmp_path: Path) -> None:
+    assert run(tmp_path, "h100-sxm", "--intervals") == 0
+    plain = json.loads((tmp_path / "out" / "summary.json").read_text())["intervals"]
+    assert run(tmp_path, "h100-sxm", "--intervals", "--set", "predictor.factors={gemm: 2, roofline: 3}") == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    for name in ("ttft_s", "tpot_s"):
+        for statistic in ("mean", "p50", "p90", "p99"):
+            low, high = summary["intervals"][name][statistic]
+            assert low < summary[name][statistic] < high < 2 * low
+            assert plain[name][statistic][1] < low  # matrices and what has no table are most of the time
+
+
 def test_intervals_need_measured_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path, "h100-sxm", "--intervals", "--set", "predictor.source=roofline") == 2
     assert "there are no measured errors" in capsys.readouterr().err
