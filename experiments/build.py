@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.config import Config, SloClassConfig, suggestion
+from experiments.config import Config, SloClassConfig
+from experiments.keys import suggestion
 from experiments.separate import SeparatePools, check_sharding
 from policies.priorities import PRIORITIES, find_priority
 from policies.scheduler import SchedulerSettings

@@ -9,7 +9,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from experiments.config import Config, suggestion
+from experiments.config import Config
+from experiments.keys import suggestion
 from experiments.load import load_config
 from specs.errors import InputError
 

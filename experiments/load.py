@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from experiments.config import Config, check_path, dump, field_names, merged, suggestion
+from experiments.config import Config, check_path, dump, field_names
+from experiments.keys import merged, suggestion
 from experiments.yaml_files import parse_yaml, read_yaml_mapping
 from specs.errors import InputError
 

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from experiments.cli import main
-from experiments.config import merged
+from experiments.keys import merged
 from policies.priorities import PRIORITIES
 from policies.routers import ROUTERS
 from traces.records import REQUEST_COLUMNS

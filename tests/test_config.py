@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from experiments.config import Config, check_path, merged
+from experiments.config import Config, check_path
+from experiments.keys import merged
 from experiments.load import dump_yaml, load_config, validate
 from experiments.yaml_files import parse_yaml
 from specs.errors import InputError

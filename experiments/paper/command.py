@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from experiments.config import Config, suggestion
+from experiments.config import Config
 from experiments.grid import Cell
+from experiments.keys import suggestion
 from experiments.paper import measures
 from experiments.paper.figures import PaperCell, figure_names, load_figure
 from experiments.paper.results import Results

@@ -12,8 +12,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from experiments.config import Config, merged
+from experiments.config import Config
 from experiments.grid import cell_id, code_version, hash_of
+from experiments.keys import merged
 from experiments.load import validate
 from experiments.paper import measures
 from experiments.section import Section
