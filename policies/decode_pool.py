@@ -140,3 +140,16 @@ class DecodePool:
         if end > size:
             partial += sum(self._phases[: end - size])
         return rounds * len(self.members) + partial
+
+    def steps_within(self, blocks: int, most: int) -> int:
+        """How many of the next ``most`` steps add no more than ``blocks`` KV blocks in all; one at least."""
+        if len(self.members) * (most // self._block_tokens + 1) <= blocks or self.blocks_for(most) <= blocks:
+            return most
+        low, high = 1, most  # `low` steps fit, `high` don't
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.blocks_for(middle) <= blocks:
+                low = middle
+            else:
+                high = middle
+        return low

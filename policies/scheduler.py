@@ -198,16 +198,7 @@ class Scheduler:
             return 1
         cache = self.kv.groups[0]
         free = cache.free_blocks + pool.blocks_for(1)  # the first step's blocks are taken already
-        if len(pool) * (steps // cache.block_tokens + 1) <= free or pool.blocks_for(steps) <= free:
-            return steps
-        low, high = 1, steps  # `low` steps fit, `high` don't
-        while high - low > 1:
-            middle = (low + high) // 2
-            if pool.blocks_for(middle) <= free:
-                low = middle
-            else:
-                high = middle
-        return low
+        return pool.steps_within(free, steps)
 
     def leave_first_stage(self, batch: Batch) -> None:
         """The first stage is free of ``batch``: with stream pipelining, the next chunks of its prefills
@@ -300,7 +291,7 @@ class Scheduler:
                 else:
                     batch.add_decodes(pool, 0.0)
         if self._slowest is not None:
-            self._load_decodes(batch, self._slowest)
+            self._slowest.load_decodes(batch)
 
     def _grow(self, lane: Lane, pool: DecodePool) -> bool:
         """Take the KV blocks of the pool's next step, from others if need be. False if it can't step: all
@@ -336,30 +327,6 @@ class Scheduler:
             if rest == 0:
                 needs[self.kv.group_of_next(request.home, blocks)] += 1
         return list(needs.items())
-
-    def _load_decodes(self, batch: Batch, cost: SlowestGroup) -> None:
-        """Spread the decodes of a batch over the groups: each attends to the keys it stores."""
-        sharding = self.sharding
-        together: list[list[int]] = [[] for _ in batch.loads]  # shards of the requests with several
-        for pool in batch.pools:
-            request = next(iter(pool.members.values()))
-            if request.shards == 1:
-                batch.loads[request.home].count_decodes(len(pool), len(pool), pool.total_context, 0.0)
-                continue
-            for request in pool.members.values():
-                length = request.kv_tokens
-                shards = sharding.shards(length + 1)
-                for shard in range(shards):
-                    group = sharding.group(request.home, shard)
-                    stored = sharding.stored(length, shard)
-                    batch.loads[group].count_decodes(1, shard == 0, stored, 0.0)
-                    if shards > 1:
-                        together[group].append(shards)
-        for load, shards_of in zip(batch.loads, together, strict=True):
-            if load.num_decodes:
-                attention_s = cost.decode_attention_s(load.num_decodes, load.decode_context)
-                load.decode_attention_s = attention_s + cost.merge_decodes_s(shards_of)
-                load.attention_s += load.decode_attention_s
 
     def _emit_first_token(self, request: Request, now_s: float, finished: list[Request]) -> None:
         """The prefill is complete: a token is out, and the request is done or decodes from here on."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from policies.batch import Batch
 from policies.cost import CostModel
 
 
@@ -87,6 +88,30 @@ class SlowestGroup:
         merge_s = self._cost.merge_s(chunk_tokens, last + 1)
         other_s = self._cost.shard_attention_s(chunk_tokens, sharding.tokens_per_group)
         return [other_s + merge_s] * last + [own_s + merge_s]
+
+    def load_decodes(self, batch: Batch) -> None:
+        """Spread the decodes of a batch over the groups: each attends to the keys it stores."""
+        sharding = self._sharding
+        together: list[list[int]] = [[] for _ in batch.loads]  # shards of the requests with several
+        for pool in batch.pools:
+            request = next(iter(pool.members.values()))
+            if request.shards == 1:
+                batch.loads[request.home].count_decodes(len(pool), len(pool), pool.total_context, 0.0)
+                continue
+            for request in pool.members.values():
+                length = request.kv_tokens
+                shards = sharding.shards(length + 1)
+                for shard in range(shards):
+                    group = sharding.group(request.home, shard)
+                    stored = sharding.stored(length, shard)
+                    batch.loads[group].count_decodes(1, shard == 0, stored, 0.0)
+                    if shards > 1:
+                        together[group].append(shards)
+        for load, shards_of in zip(batch.loads, together, strict=True):
+            if load.num_decodes:
+                attention_s = self.decode_attention_s(load.num_decodes, load.decode_context)
+                load.decode_attention_s = attention_s + self.merge_decodes_s(shards_of)
+                load.attention_s += load.decode_attention_s
 
     def merge_decodes_s(self, shards_of: list[int]) -> float:
         """Seconds to merge the attention of decodes of which each is spread over so many shards."""
