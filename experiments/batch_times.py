@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from policies.batch import Load
 from policies.sharding import Sharding, SlowestGroup
 from profiler.iteration import IterationModel
 from traces.slices import Slice
+from traces.stages import StageStarts, stage_starts
 from traces.workload import Workload
 
 FloatArray = NDArray[np.float64]
@@ -21,6 +23,8 @@ FloatArray = NDArray[np.float64]
 KINDS = ("decode", "mixed", "prefill")
 PARTS = ("layers", "head", "host")
 """Of a batch's time: the layers with what they send each other; the LM head and sampling; the host's work."""
+BETWEEN = "between stages"
+"""What lies before a batch's time in a later stage: handing over, and the host's work between two batches."""
 _ROUNDING_S = 1e-9  # a time below it is none
 
 
@@ -61,8 +65,8 @@ class IterationErrors:
     Attributes:
         total: of all batches together.
         by_kind: by what a batch holds.
-        by_part: seconds of each of ``PARTS``, all batches together, as (predicted, measured); empty if the
-            live run didn't record them.
+        by_part: seconds of each of ``PARTS`` and, in a pipeline, ``BETWEEN``, all batches together, as
+            (predicted, measured); without ``PARTS`` if the live run didn't record them.
     """
 
     total: ErrorSummary | None
@@ -78,6 +82,8 @@ class BatchTimes:
         predicted_parts_s, measured_parts_s: [n, 3], by ``PARTS``; what was measured is NaN if the live run
             didn't record it.
         measured_s: of the batch.
+        predicted_wait_s, measured_wait_s: before it, since the stage was free and the stage before was
+            through with it; 0 in the first stage.
         kind: a place in ``KINDS``.
         stage: that executed it.
     """
@@ -85,6 +91,8 @@ class BatchTimes:
     predicted_parts_s: FloatArray
     measured_parts_s: FloatArray
     measured_s: FloatArray
+    predicted_wait_s: FloatArray
+    measured_wait_s: FloatArray
     kind: NDArray[np.int64]
     stage: NDArray[np.int64]
 
@@ -105,6 +113,8 @@ class BatchTimes:
             by_part = {
                 name: (float(one), float(other)) for name, (one, other) in zip(PARTS, sums_s, strict=True)
             }
+        if self.stage.any():
+            by_part[BETWEEN] = float(self.predicted_wait_s.sum()), float(self.measured_wait_s.sum())
         return IterationErrors(ErrorSummary.of(self.predicted_s, self.measured_s), by_kind, by_part)
 
     @staticmethod
@@ -155,13 +165,43 @@ def batch_times(run: LiveRun, workload: Workload, cost: IterationModel, sharding
     batches = run.records.batches
     at = batches["batch"]
     measured_s = batches["end_s"] - batches["start_s"]
+    starts = stage_starts(batches)
+    waits_s = np.zeros((2, len(measured_s)))
+    waits_s[0, starts.rows] = _predicted_waits_s(starts, batches, shapes, cost, sharding)
+    waits_s[1, starts.rows] = starts.waited_s
     return BatchTimes(
         predicted_parts_s=stages_s[at, batches["stage"]],
         measured_parts_s=_measured_parts_s(run.host, measured_s),
         measured_s=measured_s,
+        predicted_wait_s=waits_s[0],
+        measured_wait_s=waits_s[1],
         kind=np.array(kinds, dtype=np.int64)[at],
         stage=np.asarray(batches["stage"], dtype=np.int64),
     )
+
+
+def _predicted_waits_s(
+    starts: StageStarts,
+    batches: Mapping[str, NDArray[Any]],
+    shapes: Sequence[BatchShape],
+    cost: IterationModel,
+    sharding: Sharding,
+) -> FloatArray:
+    """Seconds before each batch of a later stage, from when it was formed and sent and the stage was free."""
+    between = {}
+    for number in np.unique(batches["batch"][starts.rows]).tolist():
+        loads = [load for load in _loads(shapes[number], cost, sharding)[0] if load.requests]
+        tokens = max(load.tokens for load in loads)
+        between[number] = tokens, max(cost.turnaround_s(load.tokens, load.requests) for load in loads)
+    handed = [
+        (cost.handover_s(between[number][0], stage), between[number][1])
+        for number, stage in zip(
+            batches["batch"][starts.rows].tolist(), batches["stage"][starts.rows].tolist(), strict=True
+        )
+    ]
+    handover_s, turnaround_s = np.array(handed).reshape(-1, 2).T
+    ready_s = np.maximum(starts.free_s, starts.formed_s) + turnaround_s
+    return np.asarray(np.maximum(ready_s, starts.sent_s + handover_s) - starts.possible_s)
 
 
 def after_a_pause(run: LiveRun) -> NDArray[np.int64]:
@@ -188,8 +228,21 @@ def _predict(shape: BatchShape, cost: IterationModel, sharding: Sharding) -> lis
     """Seconds of each stage, by ``PARTS``: as long as in its slowest KVP group. Loads are counted as the
     scheduler counts them."""
     slowest = SlowestGroup(cost, sharding)
+    groups = []
+    for load, shards_of in zip(*_loads(shape, cost, sharding), strict=True):
+        if load.requests:
+            attention_s = load.attention_s + slowest.merge_decodes_s(shards_of)
+            if load.num_decodes:
+                attention_s += cost.decode_attention_s(load.num_decodes, load.decode_context)
+            groups.append(_stages_s(cost, load, attention_s))
+    return [max(stage, key=sum) for stage in zip(*groups, strict=True)]
+
+
+def _loads(shape: BatchShape, cost: IterationModel, sharding: Sharding) -> tuple[list[Load], list[list[int]]]:
+    """What each KVP group computes, and the numbers of shards of its decodes that have several."""
+    slowest = SlowestGroup(cost, sharding)
     loads = [Load() for _ in range(sharding.groups)]
-    together: list[list[int]] = [[] for _ in loads]  # shards of each decode with several
+    together: list[list[int]] = [[] for _ in loads]
     for (_, tokens, context, home), ends_prefill in zip(shape.chunks, shape.ends_prefill, strict=True):
         for shard, attention_s in enumerate(slowest.by_shard_s(tokens, context)):
             loads[sharding.group(home, shard)].count_chunk(tokens, ends_prefill and shard == 0, attention_s)
@@ -200,14 +253,7 @@ def _predict(shape: BatchShape, cost: IterationModel, sharding: Sharding) -> lis
             loads[group].count_decodes(1, shard == 0, sharding.stored(context, shard), 0.0)
             if shards > 1:
                 together[group].append(shards)
-    groups = []
-    for load, shards_of in zip(loads, together, strict=True):
-        if load.requests:
-            attention_s = load.attention_s + slowest.merge_decodes_s(shards_of)
-            if load.num_decodes:
-                attention_s += cost.decode_attention_s(load.num_decodes, load.decode_context)
-            groups.append(_stages_s(cost, load, attention_s))
-    return [max(stage, key=sum) for stage in zip(*groups, strict=True)]
+    return loads, together
 
 
 def _stages_s(cost: IterationModel, load: Load, attention_s: float) -> list[tuple[float, ...]]:

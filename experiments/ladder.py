@@ -102,7 +102,8 @@ class Comparison:
     Attributes:
         live_s: mean over the live runs.
         error: simulated ÷ live − 1.
-        error_at_pace: the same of a simulation at the pace that the batches of the live runs had.
+        error_at_pace: the same of simulations at the pace that the batches of the live runs had, in the mean.
+        noise_at_pace: largest difference between two of these ÷ their mean.
         noise: largest difference between two live runs ÷ their mean; None with a single one.
         allowed: the size of error that passes; None if this statistic decides nothing.
         speed: which of the two errors must pass.
@@ -114,6 +115,7 @@ class Comparison:
     live_s: float
     error: float
     error_at_pace: float
+    noise_at_pace: float
     noise: float | None
     allowed: float | None
     speed: Speed
@@ -130,55 +132,60 @@ class Comparison:
 
 def compare_requests(
     simulated: Mapping[str, Any],
-    at_pace: Mapping[str, Any],
+    at_pace: Sequence[Mapping[str, Any]],
     live: Sequence[Mapping[str, Any]],
     tolerance: RequestTolerance,
 ) -> list[Comparison]:
-    """The table of the request rung, from the summaries of the simulation, as it is and at the measured
+    """The table of the request rung, from the summaries of the simulation, of simulations at the measured
     pace, and of the live runs.
 
     A latency without samples on either side has no rows; with samples on one side only its error is infinite.
     """
     rows = []
     for metric in METRICS:
-        sides = [summary.get(metric) for summary in (simulated, at_pace, *live)]
+        sides = [summary.get(metric) for summary in (simulated, *at_pace, *live)]
         if all(side is None for side in sides):
             continue
         for statistic in STATISTICS:
-            simulated_s, at_pace_s, *live_s = [
+            simulated_s, *others_s = [
                 float("nan") if side is None else float(side[statistic]) for side in sides
             ]
-            rows.append(_compare(metric, statistic, (simulated_s, at_pace_s), live_s, tolerance))
+            at_pace_s, live_s = others_s[: len(at_pace)], others_s[len(at_pace) :]
+            rows.append(_compare(metric, statistic, simulated_s, at_pace_s, live_s, tolerance))
     return rows
 
 
 def _compare(
     metric: str,
     statistic: str,
-    simulated_s: tuple[float, float],
+    simulated_s: float,
+    at_pace_s: Sequence[float],
     live_s: Sequence[float],
     tolerance: RequestTolerance,
 ) -> Comparison:
     mean_s = float(np.mean(live_s))
-    noise = None
-    if len(live_s) > 1:
-        spread_s = max(live_s) - min(live_s)
-        noise = spread_s / mean_s if mean_s > 0 else 0.0
+    noise = _noise(live_s) if len(live_s) > 1 else None
     allowed = None
     if metric in tolerance.metrics and statistic in ("p50", "p90"):
         allowed = max(getattr(tolerance, statistic), tolerance.noise_factor * (noise or 0.0))
-    alone_s, at_pace_s = simulated_s
     return Comparison(
         metric,
         statistic,
-        alone_s,
+        simulated_s,
         mean_s,
-        error=_error(alone_s, mean_s),
-        error_at_pace=_error(at_pace_s, mean_s),
+        error=_error(simulated_s, mean_s),
+        error_at_pace=_error(float(np.mean(at_pace_s)), mean_s),
+        noise_at_pace=_noise(at_pace_s),
         noise=noise,
         allowed=allowed,
         speed=tolerance.speed,
     )
+
+
+def _noise(values_s: Sequence[float]) -> float:
+    """The largest difference ÷ the mean."""
+    mean_s = float(np.mean(values_s))
+    return (max(values_s) - min(values_s)) / mean_s if mean_s > 0 else 0.0
 
 
 def _error(simulated_s: float, live_s: float) -> float:

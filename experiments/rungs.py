@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from experiments.batch_times import BatchTimes, IterationErrors, batch_times
+from experiments.batch_times import PARTS, BatchTimes, IterationErrors, batch_times
 from experiments.build import Experiment
 from experiments.config import ValidateConfig
 from experiments.ladder import Comparison, OperatorErrors, compare_requests, operator_errors
@@ -21,6 +21,7 @@ from sim.replayed import Parity, replay
 Status = Literal["holds", "broken", "unknown"]
 
 DECIDING = ("decisions", "request")
+_SIMULATIONS = 5  # at the measured pace, each with other draws
 _COUNTS = 0.05  # share of the predicted time from which an operator's errors count
 
 
@@ -79,9 +80,10 @@ class Ladder:
 
     def _kernels_are_off(self) -> bool:
         """Whether kernels take another time, all batches together, than is predicted; yes if unknown."""
-        if not self.iterations.by_part:
+        by_part = self.iterations.by_part
+        if not all(part in by_part for part in PARTS):
             return True
-        (layers_s, live_layers_s), (head_s, live_head_s), _ = self.iterations.by_part.values()
+        (layers_s, live_layers_s), (head_s, live_head_s) = (by_part[part] for part in PARTS[:2])
         measured_s = live_layers_s + live_head_s
         return abs(layers_s + head_s - measured_s) > self.tolerance.iteration.p50 * measured_s
 
@@ -98,7 +100,10 @@ def climb(experiment: Experiment, simulated: dict[str, Any], runs: Sequence[Live
     same_cost = all(run.cost in ("", fingerprint(setup.cost)) for run in runs)
     speed = iterations.total.measured_over_predicted if iterations.total is not None else 1.0
     paces = measured_paces(times, experiment.parallel.spp)
-    at_pace = summarize_run(simulate_paced(workload, setup, paces), experiment)
+    at_pace = [
+        summarize_run(simulate_paced(workload, setup, paces, seed), experiment)
+        for seed in range(_SIMULATIONS)
+    ]
     measured = [summarize_live(run.records, experiment) for run in runs]
     comparisons = compare_requests(simulated, at_pace, measured, tolerance.request)
     rungs = (

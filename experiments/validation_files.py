@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -17,6 +17,7 @@ from experiments.load import dump_yaml
 from experiments.run import summarize_run
 from experiments.rungs import DECIDING, Ladder
 from experiments.series import cdf, gap_cdf
+from sim.paced import Pace
 from traces.metrics import slo_met
 from traces.records import RunRecords, write_requests_csv
 
@@ -116,7 +117,7 @@ def verdict_data(outcome: Outcome) -> dict[str, Any]:
             "blamed_rung": None if blamed is None else blamed.name,
             "rungs": [asdict(rung) for rung in ladder.rungs],
             "speed": ladder.speed,
-            "paces": [asdict(pace) for pace in ladder.paces],
+            "paces": [_pace_data(pace) for pace in ladder.paces],
             "requests": [asdict(each) | {"passes": each.passes} for each in ladder.comparisons],
             "iterations": asdict(ladder.iterations),
             "operators": [asdict(each) for each in ladder.operators],
@@ -124,6 +125,18 @@ def verdict_data(outcome: Outcome) -> dict[str, Any]:
         }
     finite: dict[str, Any] = _finite(data)
     return finite
+
+
+def _pace_data(pace: Pace) -> dict[str, dict[str, float]]:
+    """Factors of each kind: of all batches together, and of how many most of them are."""
+    return {
+        each.name: {
+            "mean": (factors := getattr(pace, each.name)).mean,
+            "p10": factors.quantile(0.1),
+            "p90": factors.quantile(0.9),
+        }
+        for each in fields(pace)
+    }
 
 
 def _finite(value: Any) -> Any:

@@ -91,8 +91,12 @@ def _of_ladder(ladder: Ladder) -> str:
 
 def _pace(stage: int, pace: Pace, stages: int) -> str:
     where = f" in stage {stage}" if stages > 1 else ""
-    factors = f"decodes {pace.decode:.2f}, mixed {pace.mixed:.2f}, prefills {pace.prefill:.2f}"
-    return f"batches{where} took, of what is predicted: {factors}"
+    kinds = (("decodes", pace.decode), ("mixed", pace.mixed), ("prefills", pace.prefill))
+    factors = ", ".join(
+        f"{name} {each.mean:.2f} ({each.quantile(0.1):.2f} … {each.quantile(0.9):.2f})"
+        for name, each in kinds
+    )
+    return f"batches{where} took, of what is predicted (eight in ten within): {factors}"
 
 
 def _comparison(each: Comparison) -> tuple[str, ...]:

@@ -74,6 +74,7 @@ class IterationModel:
         host_is_unknown: nobody has said what the host takes, so it counts as nothing.
         serving: what iterations take in a running engine beyond that and their operators.
         idle_s: what one takes more than ``tokens_s`` says if there was nothing to do before it.
+        turnaround: what the host does in a later stage between two batches.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class IterationModel:
         self.host_is_unknown = host is None and kernels.host is None
         self.serving = kernels.serving or ServingOverhead()
         self.idle_s = self.serving.idle_s
+        self.turnaround = kernels.turnaround or HostOverhead()
         self._limits = {
             "max_batch_tokens": max_batch_tokens,
             "max_batch_requests": max_batch_requests,
@@ -201,6 +203,10 @@ class IterationModel:
     def handover_s(self, tokens: int, stage: int) -> float:
         """Seconds to hand the activations of ``tokens`` tokens to ``stage`` from the one before it."""
         return self._handover_lines[self._handed_between_nodes[stage]].at(tokens) + self.host.stage_s
+
+    def turnaround_s(self, tokens: int, requests: int) -> float:
+        """Seconds from when a later stage is free until it can begin a batch that is there."""
+        return self.turnaround.batch_s(tokens, requests)
 
     @property
     def handovers_host_s(self) -> float:

@@ -42,6 +42,13 @@ class HostOverhead:
         fixed_s = self.base_s + self.ranks_s * (ranks > 1)
         return fixed_s + requests * self.per_request_s + math.sqrt(requests) * self.root_s
 
+    def batch_s(self, tokens: int, requests: int, ranks: int = 1) -> float:
+        """Seconds of any iteration: one of more tokens than requests has a chunk."""
+        decodes_s = self.decodes_s(requests, ranks)
+        if tokens <= requests:
+            return decodes_s
+        return decodes_s + self.prefill_s + (tokens - requests) * self.per_prefill_token_s
+
 
 @dataclass(frozen=True, slots=True)
 class LayerCorrection:
@@ -104,7 +111,7 @@ def _serving_terms(shape: Mapping[str, FloatArray]) -> FloatArray:
 
 
 def fit_host(shape: Mapping[str, FloatArray], time_s: FloatArray) -> HostOverhead:
-    """What fits host times by `requests`, `chunk` tokens and `ranks`, to relative errors."""
+    """What fits host times by `requests`, `chunk` tokens and, if given, `ranks`, to relative errors."""
     rates = rates_of_unity(_host_terms(shape) / time_s[:, None])
     return HostOverhead(**dict(zip(HOST_RATES, rates, strict=True)), source="measured")
 
@@ -116,7 +123,7 @@ def host_s(host: HostOverhead, shape: Mapping[str, FloatArray]) -> FloatArray:
 
 def _host_terms(shape: Mapping[str, FloatArray]) -> FloatArray:
     requests = shape["requests"]
-    chunk, ranks = shape["chunk"], shape["ranks"]
+    chunk, ranks = shape["chunk"], shape.get("ranks", np.ones_like(requests))
     chunks = (chunk > 0, np.maximum(chunk - 1.0, 0.0))
     return np.stack([np.ones_like(requests), requests, np.sqrt(requests), *chunks, ranks > 1], axis=1)
 

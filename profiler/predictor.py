@@ -48,8 +48,8 @@ class Predictor:
     """Fitted operators of one profile, keyed `<operator>_<dtype>`.
 
     `residuals` holds, for each, the 5th, 50th and 95th percentile of log(measured ÷ predicted) over
-    held-out rows: the stuff of prediction intervals. `host`, `layer` and `serving` are there if they were
-    measured.
+    held-out rows: the stuff of prediction intervals. `host`, `layer`, `serving` and `turnaround` are there if
+    they were measured.
     """
 
     operators: Mapping[str, OperatorModel]
@@ -57,6 +57,7 @@ class Predictor:
     host: HostOverhead | None = None
     layer: LayerCorrection | None = None
     serving: ServingOverhead | None = None
+    turnaround: HostOverhead | None = None
 
 
 def save_predictor(path: Path, profile: Profile, device: DeviceSpec, predictor: Predictor) -> None:
@@ -68,8 +69,9 @@ def save_predictor(path: Path, profile: Profile, device: DeviceSpec, predictor: 
         "tables": {info.key: info.sha256 for info in profile.tables},
         "operators": {},
     }
-    if predictor.host is not None:
-        header["host"] = {name: getattr(predictor.host, name) for name in HOST_RATES}
+    for name, host in (("host", predictor.host), ("turnaround", predictor.turnaround)):
+        if host is not None:
+            header[name] = {rate: getattr(host, rate) for rate in HOST_RATES}
     if predictor.layer is not None:
         layer = predictor.layer
         header["layer"] = {
@@ -133,13 +135,20 @@ def load_predictor(profile: Profile, device: DeviceSpec, path: Path | None = Non
         model.state_ = _state(path, info.key, entry, model.physics, arrays)
         operators[info.key] = model
         residuals[info.key] = _quantiles(entry, f"{path}: {info.key}")
-    return Predictor(operators, residuals, _host(fields, path), _layer(fields, path), _serving(fields, path))
+    return Predictor(
+        operators,
+        residuals,
+        host=_host(fields, "host", path),
+        layer=_layer(fields, path),
+        serving=_serving(fields, path),
+        turnaround=_host(fields, "turnaround", path),
+    )
 
 
-def _host(header: Fields, path: Path) -> HostOverhead | None:
-    if not header.has("host"):
+def _host(header: Fields, what: str, path: Path) -> HostOverhead | None:
+    if not header.has(what):
         return None
-    fields = Fields(header.mapping("host"), f"{path}: host")
+    fields = Fields(header.mapping(what), f"{path}: {what}")
     rates = {name: fields.number(name) for name in HOST_RATES if fields.has(name)}
     return HostOverhead(**rates, source="measured")
 

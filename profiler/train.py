@@ -115,6 +115,7 @@ def train(
         skewed=whole.skewed,
         host=whole.host,
         iterations=whole.iterations,
+        turnaround=whole.turnaround,
         predictor_path=path,
         saved=save,
         dropped=dropped,
@@ -135,10 +136,13 @@ class _Whole:
     ) -> None:
         by_operator = {info.operator: (info, table) for info, table in found}
         self.predictor = predictor
-        self.layer = self.skewed = self.host = self.iterations = None
+        self.layer = self.skewed = self.host = self.iterations = self.turnaround = None
         if "host" in by_operator:
             self.host = judge_host(by_operator["host"][1], folds)
             self.predictor = replace(predictor, host=self.host[1])
+        if "turnaround" in by_operator:
+            self.turnaround = judge_host(by_operator["turnaround"][1], folds)
+            self.predictor = replace(self.predictor, turnaround=self.turnaround[1])
         # Each is judged with what those before it have added.
         for operator in ("skewed_decode", "layer", "iteration"):
             if operator not in by_operator:

@@ -86,7 +86,7 @@ def judge_skewed(table: Table, kernels: Kernels) -> Errors:
 
 
 def judge_host(table: Table, count: int) -> tuple[Errors, HostOverhead]:
-    """What the host takes, and how well that does held out."""
+    """What the host takes, or that of a later stage, and how well that does held out."""
 
     def predict(train: BoolArray, held: BoolArray) -> FloatArray:
         fitted = fit_host(take(table, np.flatnonzero(train)).shape, table.time_s[train])

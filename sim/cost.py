@@ -30,6 +30,10 @@ class IterationCost(CostModel, Protocol):
         """Seconds to hand the activations of ``tokens`` tokens to ``stage`` from the one before it."""
         ...
 
+    def turnaround_s(self, tokens: int, requests: int) -> float:
+        """Seconds from when a later stage is free until it can begin a batch that is there."""
+        ...
+
     def decode_run(self, decodes: int, total_context: int, steps: int, joint_s: float = 0.0) -> DecodeRun:
         """``steps`` steps of the same decodes, each adding one token to every context; their attention takes
         ``joint_s`` seconds more in each."""

@@ -150,6 +150,9 @@ class _ReplayedReplica(Replica):
     def handover_s(self, batch: Batch, stage: int) -> float:
         return 0.0
 
+    def turnaround_s(self, batch: Batch) -> float:
+        return 0.0
+
 
 def slices_of(batch: Batch) -> list[Slice]:
     """A batch that has just been formed, chunks first."""

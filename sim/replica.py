@@ -192,10 +192,16 @@ class Replica:
             self._inboxes[stage].put(batch)
 
     def _later_stage(self, stage: int) -> Process:
+        env, free_s = self.env, 0.0
         while True:
             batch = yield self._inboxes[stage].get()
-            start_s = self.env.now
-            yield self.env.timeout(self.stage_s(batch, stage))
+            # The host gets ready for a batch as soon as it knows of it and has no other.
+            ready_s = max(free_s, batch.formed_s) + self.turnaround_s(batch)
+            if ready_s > env.now:
+                yield env.timeout(ready_s - env.now)
+            start_s = env.now
+            yield env.timeout(self.stage_s(batch, stage))
+            free_s = env.now
             if stage + 1 < self._num_stages:
                 self._links[stage + 1].put(batch)
             else:
@@ -223,6 +229,12 @@ class Replica:
     def handover_s(self, batch: Batch, stage: int) -> float:
         """Seconds to hand the activations of ``batch`` to ``stage``, where nothing else moves."""
         return self.cost.handover_s(max(load.tokens for load in batch.loads), stage)
+
+    def turnaround_s(self, batch: Batch) -> float:
+        """Seconds of the host's work in a later stage before it can begin ``batch``."""
+        return max(
+            self.cost.turnaround_s(load.tokens, load.requests) for load in batch.loads if load.requests
+        )
 
     # -- bookkeeping ------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from profiler.measure.points import Point
-from profiler.measure.session import Session, interleave
+from profiler.measure.session import FIRST, Session, interleave
 from profiler.measure.store import OK, OUT_OF_MEMORY, Store, Visit
 from specs.errors import InputError
 
@@ -98,6 +98,16 @@ def test_the_budget_goes_to_the_grid_then_to_doubt_then_to_repeats(tmp_path: Pat
     assert sorted(order[7:14]) == sorted({*GEMM, *NORM, extra})
     assert order[14:] == [NORM[1]] * 7  # only the point whose visits disagree, nine times in all
     store.close()
+
+
+def test_the_first_points_of_every_operator_come_before_more_of_any() -> None:
+    many = [Point("gemm", (m, 8, 8)) for m in range(1, 41)]
+    few = [Point("norm", (64, rows, 4)) for rows in range(1, 9)]
+    order = interleave({"gemm": many, "norm": few})
+    assert set(order[: 2 * FIRST]) == {*many[:FIRST], *few[:FIRST]}
+    assert sorted(order) == sorted([*many, *few])
+    # The rest of either is spread over the rest of the time.
+    assert 10 < order.index(few[-2]) < len(order) - 5 and order[-1] in (many[-1], few[-1])
 
 
 def test_an_early_stop_and_a_resume_measure_each_point_once(tmp_path: Path) -> None:

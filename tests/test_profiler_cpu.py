@@ -129,6 +129,8 @@ def test_host_rates_are_recovered() -> None:
         assert getattr(found, name) == pytest.approx(getattr(true, name), rel=0.25), name
     without = fit_host({**shape, "ranks": np.ones(200)}, host_s(true, {**shape, "ranks": np.ones(200)}))
     assert without.ranks_s == 0.0 and without.source == "measured"
+    del shape["ranks"]  # as of a later stage
+    assert fit_host(shape, host_s(without, shape)).prefill_s == pytest.approx(without.prefill_s, rel=1e-3)
 
 
 def test_what_serving_adds_is_recovered() -> None:

@@ -321,6 +321,17 @@ def test_a_pipeline_is_at_rest_when_its_last_stage_is() -> None:
     assert records.requests["first_token_s"].tolist() == [3.25, 4.5, 11.25]
 
 
+def test_a_later_stage_gets_ready_while_the_one_before_computes() -> None:
+    """Stages of a second. A turnaround of half a second is hidden from a lone prompt; of a prompt in three
+    chunks the second and third begin half a second after the one before is through."""
+    for turnaround_s, lone_s, chunks_s in ((0.0, 3.0, 12.0), (0.5, 3.0, 13.0), (1.5, 3.5, 15.5)):
+        cost = LinearCost(base_s=2.0, stages=2, turnaround_s=turnaround_s)
+        settings = SchedulerSettings(chunk_tokens=100)
+        work = workload([1.0, 8.0], [100, 300], [1, 1])
+        records = simulate(work, Setup(cost, 10_000, settings))
+        assert records.requests["first_token_s"].tolist() == [lone_s, chunks_s]
+
+
 def test_ctrl_c_keeps_what_finished() -> None:
     n = 1000
     work = workload(poisson(10.0, n, 11).tolist(), [100] * n, [20] * n)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 from xml.etree import ElementTree
 
@@ -23,14 +24,18 @@ from experiments.live_records import LiveRun
 from experiments.load import load_config
 from experiments.pace import measured_paces
 from policies.batch import Batch
-from sim.cluster import Cluster, simulate
-from sim.paced import Pace, simulate_paced
+from policies.scheduler import SchedulerSettings
+from sim.cluster import Cluster, Setup, simulate
+from sim.paced import Factors, Pace, simulate_paced
 from sim.replayed import RecordedRun, delay_until, replay, slices_of
 from sim.replica import Replica
 from specs.errors import InputError
+from tests.fakes import LinearCost
 from tests.test_live import CONFIG
 from traces.records import RunRecords
 from traces.slices import SliceLog
+from traces.stages import stage_starts
+from traces.workload import Workload
 
 pytest.importorskip("torch")
 from runtime.launcher import RankError
@@ -171,7 +176,7 @@ def test_another_policy_diverges(tmp_path: Path) -> None:
 def test_a_slower_machine_decides_as_before_and_takes_longer(tmp_path: Path) -> None:
     made = experiment(tmp_path, scheduler={"priority": "fcfs", "chunking": "static", "chunk_tokens": 4096})
     one = replace(made.workload, arrival_s=np.arange(len(made.workload)) * 100.0)  # one at a time
-    plain, slowed = simulate(one, made.setup), simulate_paced(one, made.setup, [Pace(1.7, 1.7, 1.7)])
+    plain, slowed = simulate(one, made.setup), simulate_paced(one, made.setup, [Pace(*[Factors((1.7,))] * 3)])
     np.testing.assert_allclose(slowed.ttft_s, 1.7 * plain.ttft_s, rtol=1e-6)
     np.testing.assert_allclose(slowed.e2e_s, 1.7 * plain.e2e_s, rtol=1e-6)
 
@@ -180,11 +185,41 @@ def test_each_kind_of_batches_has_its_own_pace(tmp_path: Path) -> None:
     """By hand: in a request of its own the first token is the prefills', the rest are decodes'."""
     made = experiment(tmp_path, scheduler={"priority": "fcfs", "chunking": "static", "chunk_tokens": 4096})
     one = replace(made.workload, arrival_s=np.arange(len(made.workload)) * 100.0)
-    plain, paced = simulate(one, made.setup), simulate_paced(one, made.setup, [Pace(3.0, 100.0, 2.0)])
+    pace = Pace(Factors((3.0,)), Factors((100.0,)), Factors((2.0,)))
+    plain, paced = simulate(one, made.setup), simulate_paced(one, made.setup, [pace])
     np.testing.assert_allclose(paced.ttft_s, 2.0 * plain.ttft_s, rtol=1e-6)
     np.testing.assert_allclose(
         paced.e2e_s - paced.ttft_s, 3.0 * (plain.e2e_s - plain.ttft_s), rtol=1e-6, atol=1e-12
     )
+
+
+def test_factors_are_drawn_by_weight() -> None:
+    """By hand: 1.0 three quarters of the time and 3.0 one quarter come to 1.5 in the mean."""
+    factors, random = Factors((3.0, 1.0), (1.0, 3.0)), Random(5)
+    drawn = [factors.draw(random) for _ in range(4000)]
+    assert set(drawn) == {1.0, 3.0}
+    assert factors.mean == pytest.approx(1.5) == pytest.approx(np.mean(drawn), abs=0.05)
+    assert (factors.quantile(0.1), factors.quantile(0.75), factors.quantile(0.76)) == (1.0, 1.0, 3.0)
+
+
+def test_batches_that_take_unequally_long_make_queues_longer() -> None:
+    """Pollaczek and Khinchine: at load ρ one server's mean wait is ρ · (1 + c²) ÷ 2(1 − ρ) services, where c²
+    is the variance of a service time ÷ its mean squared: 0.25 for factors of 0.5 and 1.5, 0 without."""
+    rng = np.random.default_rng(3)
+    count, load = 20_000, 0.8
+    workload = Workload(
+        prompt_tokens=np.ones(count, dtype=np.int32),
+        output_tokens=np.ones(count, dtype=np.int32),
+        arrival_s=np.cumsum(rng.exponential(1.0 / load, count)),
+        slo_class=None,
+    )
+    one_by_one = SchedulerSettings(max_batch_requests=1, chunk_tokens=16)
+    setup = Setup(LinearCost(base_s=1.0), kv_capacity_tokens=1 << 20, scheduler=one_by_one)
+    for factors in (Factors((1.0,)), Factors((0.5, 1.5), (1.0, 1.0))):
+        records = simulate_paced(workload, setup, [Pace(factors, factors, factors)])
+        wait_s = np.mean(records.ttft_s) - 1.0
+        variance = np.mean((np.array(factors.values) - 1.0) ** 2)
+        assert wait_s == pytest.approx(load * (1.0 + variance) / (2.0 * (1.0 - load)), rel=0.08)
 
 
 def test_paces_are_sums_by_kind_and_stage() -> None:
@@ -194,13 +229,35 @@ def test_paces_are_sums_by_kind_and_stage() -> None:
     predicted_s = np.linspace(1.0, 2.0, 39)
     factor = np.where(stage == 1, 4.0, np.array([2.0, 3.0, 5.0])[kind])
     parts_s = np.stack([predicted_s, np.zeros(39), np.zeros(39)], axis=1)
-    times = BatchTimes(parts_s, parts_s * np.nan, factor * predicted_s, kind, stage)
+    times = BatchTimes(parts_s, parts_s * np.nan, factor * predicted_s, *np.zeros((2, 39)), kind, stage)
     first, second, third = measured_paces(times, 3)
     of_all = float((factor * predicted_s)[:29].sum() / predicted_s[:29].sum())
-    assert (first.decode, first.mixed) == (pytest.approx(2.0), pytest.approx(3.0))
-    assert first.prefill == pytest.approx(of_all)
-    assert (second.decode, second.mixed, second.prefill) == pytest.approx((4.0, 4.0, 4.0))
+    assert (first.decode.mean, first.mixed.mean) == (pytest.approx(2.0), pytest.approx(3.0))
+    assert first.prefill.mean == pytest.approx(of_all)
+    assert set(np.round(first.prefill.values, 9)) == {2.0, 3.0, 5.0}
+    assert [each.mean for each in (second.decode, second.mixed, second.prefill)] == pytest.approx([4.0] * 3)
     assert third == Pace()
+
+
+def test_how_batches_came_to_begin_in_a_later_stage() -> None:
+    """By hand: the first is sent at 2 and begins at 2.5; the second is sent at 4, while the stage is busy
+    until 5, and begins at 6; the third was never sent on."""
+    table = [
+        (0, 0, 0.0, 2.0),
+        (1, 0, 2.0, 4.0),
+        (0, 1, 2.5, 5.0),
+        (2, 0, 4.0, 9.0),
+        (1, 1, 6.0, 7.0),
+        (3, 1, 8.0, 9.0),
+    ]
+    number, stage, start_s, end_s = (np.array(column) for column in zip(*table, strict=True))
+    found = stage_starts({"batch": number, "stage": stage, "start_s": start_s, "end_s": end_s})
+    assert found.rows.tolist() == [2, 4]
+    assert found.formed_s.tolist() == [0.0, 2.0]
+    assert (found.sent_s.tolist(), found.free_s.tolist()) == ([2.0, 4.0], [0.0, 5.0])
+    assert found.waited_s.tolist() == [0.5, 1.0]
+    nothing = stage_starts({name: np.zeros(0) for name in ("batch", "stage", "start_s", "end_s")})
+    assert len(nothing.rows) == 0
 
 
 def test_a_delay_ends_at_the_very_moment() -> None:
@@ -236,23 +293,23 @@ def test_an_error_may_be_as_large_as_the_tolerance_or_the_noise() -> None:
     # Live runs of 0.9 and 1.1 s: 20 % noise, so 30 % are allowed.
     rows = {
         (row.metric, row.statistic): row
-        for row in compare_requests(summary(1.29), summary(1.1), [summary(0.9), summary(1.1)], tolerance)
+        for row in compare_requests(summary(1.29), [summary(1.1)], [summary(0.9), summary(1.1)], tolerance)
     }
     ttft = rows["ttft_s", "p50"]
     assert (ttft.live_s, ttft.error, ttft.noise, ttft.allowed) == pytest.approx((1.0, 0.29, 0.2, 0.3))
     assert ttft.passes and rows["ttft_s", "p99"].allowed is None
     tpot = rows["tpot_s", "p90"]
     assert (tpot.error, tpot.noise, tpot.allowed) == pytest.approx((0.0, 0.0, 0.1))
-    late = compare_requests(summary(1.31), summary(1.0), [summary(0.9), summary(1.1)], tolerance)
+    late = compare_requests(summary(1.31), [summary(1.0)], [summary(0.9), summary(1.1)], tolerance)
     assert not all(row.passes for row in late)
     fair = tolerance.model_copy(update={"speed": "measured"})
-    assert all(row.passes for row in compare_requests(summary(2.0), summary(1.04), [summary(1.0)], fair))
-    alone = compare_requests(summary(1.06), summary(1.0), [summary(1.0)], tolerance)
+    assert all(row.passes for row in compare_requests(summary(2.0), [summary(1.04)], [summary(1.0)], fair))
+    alone = compare_requests(summary(1.06), [summary(1.0)], [summary(1.0)], tolerance)
     assert alone[0].noise is None and not all(row.passes for row in alone)
 
 
 def test_a_latency_that_one_side_lacks_never_passes() -> None:
-    rows = compare_requests(summary(1.0, None), summary(1.0), [summary(1.0)], RequestTolerance())
+    rows = compare_requests(summary(1.0, None), [summary(1.0)], [summary(1.0)], RequestTolerance())
     tpot = [row for row in rows if row.metric == "tpot_s"]
     assert tpot and all(row.error == float("inf") for row in tpot)
     assert not all(row.passes for row in tpot)

@@ -238,6 +238,7 @@ OPERATORS = (
     "layer",
     "host",
     "iteration",
+    "turnaround",
 )
 
 

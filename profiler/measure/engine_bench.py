@@ -5,10 +5,14 @@ with as many layers of the model as matter: what the layers leave of the engine'
 is part of what the host's work takes. A batch's time less what the layers, the LM head and the sampling took
 is the host's. The other way round the host's work pushes the layers' code and data out of the caches: a whole
 iteration is longer than its operators, timed in loops.
+
+In a pipeline the host of a later stage reports, fetches the next plan and prepares its inputs. While the
+stage before computes that is hidden; between two batches, the second of which was waiting, it is not.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from statistics import median
@@ -23,38 +27,48 @@ from profiler.measure.serving_batches import PROMPT_TOKENS, STEPS, lone_prompts,
 from profiler.measure.timing import CORE, PATIENCE, PATIENCE_S, Samples
 from profiler.roofline_kernels import RooflineKernels
 from profiler.whole_layers import MOST_LAYERS
-from runtime.engine import Engine, LiveSetup
+from runtime.engine import Engine, LiveRecords, LiveSetup
 from runtime.executors import Executor
 from runtime.launcher import start_executor
 from runtime.plan import Plan, Slice
 from runtime.runner import RunnerSpec
 from specs import ParallelSpec
 from specs.devices import DeviceSpec
+from specs.errors import InputError
 from specs.models import ModelSpec
+from traces.stages import stage_starts
 from traces.synthesis import ClosedLoop
 
 BLOCK_TOKENS = 16
 RUNS = 6
-ENGINE_OPERATORS = ("host", "iteration")
+ENGINE_OPERATORS = ("host", "iteration", "turnaround")
+STAGES = 2  # of the pipeline in which a later stage's host is timed
 IDLE_S = 0.05  # that the engine has nothing to do before an iteration that is to find it so
 
 
 class EngineBench:
-    """Serves batches of one shape over and over, with one rank or, under tensor parallelism, with several.
+    """Serves batches of one shape over and over, with one rank or, under tensor parallelism and in a
+    pipeline, with several.
 
     Args:
         model: the whole model; so many of its layers run that none finds its weights in a cache.
         points: all that may be asked for, for the size of the KV cache.
-        ranks: in processes of their own if there are several.
+        parallel: how it is split, see :func:`parallel_of`; ranks are processes of their own if there are
+            several.
         device: as torch calls it.
     """
 
     def __init__(
-        self, model: ModelSpec, spec: DeviceSpec, points: list[Point], ranks: int, device: str, dtype: str
+        self,
+        model: ModelSpec,
+        spec: DeviceSpec,
+        points: list[Point],
+        parallel: ParallelSpec,
+        device: str,
+        dtype: str,
     ) -> None:
         served = replace(model, num_layers=min(model.num_layers, MOST_LAYERS))
-        parallel = ParallelSpec(tp=ranks)
-        workloads = [workload_of(point["requests"], point["chunk"]) for point in points]
+        workloads = [workload_of(point["requests"], point["chunk"], parallel.spp) for point in points]
         each = [w.prompt_tokens.astype(np.int64) + w.output_tokens + 2 * BLOCK_TOKENS for w in workloads]
         self._runner = RunnerSpec(
             served,
@@ -71,7 +85,11 @@ class EngineBench:
 
     def time(self, point: Point, visit_s: float) -> Samples:
         """Seconds of an iteration of so many requests, one of them a chunk if the point has one: the host's
-        part of it, or all of it."""
+        part of it, all of it, or what a later stage takes between two of them.
+
+        Raises:
+            InputError: the engine made no such batch, or none of them waited for the later stage.
+        """
         times: list[float] = []
         disturbed: list[float] = []
         began_s = time.perf_counter()
@@ -82,6 +100,8 @@ class EngineBench:
             found = self._serve(point)
             (times if quiet and CORE.is_quiet() else disturbed).extend(found)
         times = times or sorted(disturbed)[: max(len(disturbed) // 2, 1)]
+        if not times:
+            raise InputError(f"{point}: no batch to be timed")
         low, high = np.quantile(times, [0.25, 0.75])
         return Samples(float(median(times)), float(high - low) / 2, len(times))
 
@@ -92,32 +112,31 @@ class EngineBench:
     def _serve(self, point: Point) -> list[float]:
         """Seconds of every iteration of that shape in one run."""
         requests, chunk = point["requests"], point["chunk"]
-        is_host = point.operator == "host"
-        is_idle = not is_host and bool(point["idle"])
+        is_idle = point.operator == "iteration" and bool(point["idle"])
         decodes = requests - bool(chunk)
+        in_flight = self._runner.parallel.spp
         tokens = decodes + chunk if chunk else decodes * PROMPT_TOKENS
         setup = LiveSetup(
             runner=self._runner,
             cost=self._cost,
             scheduler=SchedulerSettings(
                 chunk_tokens=tokens,
-                max_batch_requests=requests,
+                max_batch_requests=requests * in_flight,
                 max_batch_tokens=tokens,
                 block_tokens=BLOCK_TOKENS,
                 watermark=0.0,
             ),
             closed_loop=ClosedLoop(1, IDLE_S) if is_idle else None,
         )
-        workload = lone_prompts(chunk) if is_idle else workload_of(requests, chunk)
+        workload = lone_prompts(chunk) if is_idle else workload_of(requests, chunk, in_flight)
         records = Engine(workload, setup, self._executor).run()
         self._let_go(len(workload))
-        batches, host = records.batches, records.host
-        time_s: NDArray[np.float64] = batches["end_s"] - batches["start_s"]
-        if is_host:
-            time_s = time_s - host["execute_s"] - host["sample_s"]
+        batches = records.batches
         wanted = (batches["num_decodes"] == decodes) & (batches["prefill_tokens"] == chunk)
-        found: list[float] = time_s[wanted & (batches["num_prefills"] == bool(chunk))].tolist()
-        return found[is_idle:]  # nobody waited before the first one
+        wanted &= batches["num_prefills"] == bool(chunk)
+        found: list[float] = _times_s(point.operator, records)[wanted].tolist()
+        # Nobody waited before the first one.
+        return [time_s for time_s in found[is_idle:] if not math.isnan(time_s)]
 
     def _let_go(self, requests: int) -> None:
         """Free the KV blocks of the requests of a run: its engine would with its next batch."""
@@ -126,3 +145,23 @@ class EngineBench:
         self._executor.submit(Plan(-2, [token], np.zeros(1, dtype=np.int64), freed))
         for _ in range(self._executor.num_stages):
             self._executor.wait()
+
+
+def parallel_of(point: Point) -> ParallelSpec:
+    """How the model is split that an engine serves to time ``point``."""
+    return ParallelSpec(spp=STAGES) if point.operator == "turnaround" else ParallelSpec(tp=point["ranks"])
+
+
+def _times_s(operator: str, records: LiveRecords) -> NDArray[np.float64]:
+    """What is asked for, of each row of the table of batches; NaN if it has none."""
+    batches, host = records.batches, records.host
+    time_s: NDArray[np.float64] = batches["end_s"] - batches["start_s"]
+    if operator == "iteration":
+        return time_s
+    if operator == "host":
+        return time_s - host["execute_s"] - host["sample_s"]
+    between_s = np.full(len(time_s), np.nan)
+    starts = stage_starts(batches)
+    waiting = starts.sent_s <= starts.free_s
+    between_s[starts.rows[waiting]] = starts.waited_s[waiting]
+    return between_s

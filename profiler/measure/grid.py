@@ -47,6 +47,7 @@ _COARSE = {
     "send_recv": 20,
     "host": 24,
     "iteration": 56,
+    "turnaround": 16,
 }
 MERGE_SHARDS = (2, 3, 4, 8)
 HOST_CHUNKS = (0, 64, 256, 1024)  # tokens of the chunk in a batch whose host time is taken
@@ -140,6 +141,7 @@ class Grid:
             "layer": self._layer,
             "host": self._host,
             "iteration": self._iteration,
+            "turnaround": self._turnaround,
         }
         if operator in makers:
             return makers[operator]()
@@ -260,6 +262,14 @@ class Grid:
             for idle in (0, 1) if chunk and requests == 1 else (0,):
                 behind, decoded = contexts_of(requests, chunk, is_idle=bool(idle))
                 yield Point("iteration", (requests, chunk, behind, decoded, idle, ranks))
+
+    def _turnaround(self) -> Iterable[Point]:
+        """The same of a later stage, where there can be one: decodes alone, and a chunk alone."""
+        if 2 in self.limits.ranks and self.model.num_layers > 1 and not self.limits.is_quick:
+            for host in self._host():
+                requests, chunk, ranks = host.shape
+                if ranks == 1 and (requests == 1 or not chunk):
+                    yield Point("turnaround", (requests, chunk))
 
     def _collective(self, operator: str) -> Iterable[Point]:
         largest = self.limits.tokens * self.model.hidden_size * self.element

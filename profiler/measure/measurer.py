@@ -9,12 +9,13 @@ import torch
 
 from profiler.measure import collectives
 from profiler.measure.cases import Cases
-from profiler.measure.engine_bench import ENGINE_OPERATORS, EngineBench
+from profiler.measure.engine_bench import ENGINE_OPERATORS, EngineBench, parallel_of
 from profiler.measure.layer import BLOCK_TOKENS, LayerBench
 from profiler.measure.points import Point
 from profiler.measure.store import OUT_OF_MEMORY, Visit
 from profiler.measure.timing import Samples, keep_freed_memory, sample
 from runtime.runner import DTYPES
+from specs import ParallelSpec
 from specs.devices import DeviceSpec
 from specs.errors import InputError
 from specs.models import ModelSpec
@@ -64,7 +65,7 @@ class Measurer:
                 self._layer_tokens[point["tp"]] = max(tokens, self._layer_tokens.get(point["tp"], 0))
         self._spec = spec
         self._engine_points = [point for point in points if point.operator in ENGINE_OPERATORS]
-        self._engines: dict[int, EngineBench] = {}
+        self._engines: dict[ParallelSpec, EngineBench] = {}
         self._layers: dict[int, LayerBench] = {}
         self._ranks: dict[int, collectives.Ranks] = {}
 
@@ -95,18 +96,20 @@ class Measurer:
         if operator == "layer":
             return Samples(*self._layer_bench(point["tp"]).time(point, 2 * self.visit_s))
         if operator in ENGINE_OPERATORS:
-            return self._engine_bench(point["ranks"]).time(point, ENGINE_VISITS * self.visit_s)
+            return self._engine_bench(parallel_of(point)).time(point, ENGINE_VISITS * self.visit_s)
         count = point["ranks"]
         if count not in self._ranks:
             self._ranks[count] = collectives.Ranks(count, self.device, self.dtype)
         return self._ranks[count].time(point, COLLECTIVE_VISITS * self.visit_s)
 
-    def _engine_bench(self, ranks: int) -> EngineBench:
-        if ranks not in self._engines:
+    def _engine_bench(self, parallel: ParallelSpec) -> EngineBench:
+        if parallel not in self._engines:
             dtype = next(name for name, each in DTYPES.items() if each == self.dtype)
-            points = [point for point in self._engine_points if point["ranks"] == ranks]
-            self._engines[ranks] = EngineBench(self.model, self._spec, points, ranks, str(self.device), dtype)
-        return self._engines[ranks]
+            points = [point for point in self._engine_points if parallel_of(point) == parallel]
+            self._engines[parallel] = EngineBench(
+                self.model, self._spec, points, parallel, str(self.device), dtype
+            )
+        return self._engines[parallel]
 
     def _layer_bench(self, tp: int) -> LayerBench:
         if tp not in self._layers:

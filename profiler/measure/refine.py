@@ -25,6 +25,7 @@ _WITHOUT_MODEL = (
     "layer",
     "host",
     "iteration",
+    "turnaround",
     "skewed_decode",
 )  # held against the others, not fitted themselves
 

@@ -11,9 +11,10 @@ CHUNKS = 4  # of each prompt that is taken in beside them
 STEPS = 16  # of a run; where the machine is disturbed in one, none of them counts
 
 
-def workload_of(requests: int, chunk: int) -> Workload:
-    """Requests that decode, and after them, in the queue, prompts of a few chunks each."""
-    decodes = requests - bool(chunk)
+def workload_of(requests: int, chunk: int, in_flight: int = 1) -> Workload:
+    """Requests that decode, and after them, in the queue, prompts of a few chunks each; enough that so many
+    batches of them are in flight at a time."""
+    decodes = (requests - bool(chunk)) * in_flight
     prompts = [PROMPT_TOKENS] * decodes
     outputs = [_output_tokens(decodes, chunk)] * decodes
     if chunk:

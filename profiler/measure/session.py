@@ -1,6 +1,7 @@
 """Which point is measured next, until the budget is spent.
 
-1. The coarse grid, operators in turn: each prefix of it covers the ranges, so any early stop is usable.
+1. The coarse grid, operators in turn: the first few points of each, enough to learn something, and then
+   equal shares. Each prefix of it covers the ranges, so any early stop is usable.
 2. Refinement: points that the fit so far predicts worst, in rounds, until half of the budget is spent.
 3. A second visit of everything, in another order; then of the points whose visits disagree most.
 
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from profiler.measure.points import Point
 from profiler.measure.store import OK, Store, Visit
 
+FIRST = 6  # points of every operator before more of any
 REFINE_UNTIL = 0.5  # share of the budget after which no new point is begun
 VISITS = 2  # of every point, if the budget allows
 MOST_VISITS = 9
@@ -111,10 +113,11 @@ class Session:
 
 
 def interleave(grids: Mapping[str, Sequence[Point]]) -> list[Point]:
-    """The grids of several operators as one: at any moment each has had about an equal share."""
+    """The grids of several operators as one: after the first few points of each, each has had about an equal
+    share at any moment."""
     ranked = [
-        ((rank + 1) / len(points), operator, point)
+        (rank >= FIRST, (rank + 1) / len(points), operator, point)
         for operator, points in grids.items()
         for rank, point in enumerate(points)
     ]
-    return [point for _, _, point in sorted(ranked)]
+    return [point for *_, point in sorted(ranked)]
