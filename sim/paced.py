@@ -7,11 +7,9 @@ waited for, and the stages of a pipeline wait for each other.
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from random import Random
 from typing import Any
 
@@ -21,38 +19,36 @@ from sim.replica import Replica
 from traces.records import RunRecords
 from traces.workload import Workload
 
+RUN = 50  # batches that follow each other are drawn together, since slow moments last
+
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """Of many batches of one kind, how many times what was predicted each took; ``weights`` is what was
-    predicted. One drawn by weight leaves what all of them take together as it was."""
+    """Of batches of one kind, one after the other, how many times what was predicted each took;
+    ``predicted_s`` is what that was."""
 
     values: Sequence[float] = (1.0,)
-    weights: Sequence[float] = (1.0,)
-    _sums: Sequence[float] = field(init=False, repr=False, compare=False, hash=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_sums", list(accumulate(self.weights)))
+    predicted_s: Sequence[float] = (1.0,)
 
     @property
     def mean(self) -> float:
         """Of all batches together: Σ taken ÷ Σ predicted."""
-        return sum(v * w for v, w in zip(self.values, self.weights, strict=True)) / self._sums[-1]
+        taken_s = sum(v * p for v, p in zip(self.values, self.predicted_s, strict=True))
+        return taken_s / sum(self.predicted_s)
 
     def quantile(self, share: float) -> float:
-        """The factor below which ``share`` of the weight lies."""
-        reached = 0.0
-        pairs = sorted(zip(self.values, self.weights, strict=True))
-        for value, weight in pairs:
-            reached += weight
-            if reached >= share * self._sums[-1]:
-                return value
-        return pairs[-1][0]
+        """The factor below which ``share`` of the batches lie."""
+        return sorted(self.values)[min(int(share * len(self.values)), len(self.values) - 1)]
 
-    def draw(self, random: Random) -> float:
-        """One of them."""
-        place = bisect_right(self._sums, random.random() * self._sums[-1])
-        return self.values[min(place, len(self.values) - 1)]
+    def drawn(self, random: Random) -> Iterator[float]:
+        """Factors for batches to come, without end: runs of them from random places (a block bootstrap). All
+        are scaled alike, so that what batches take together stays as it was."""
+        count = len(self.values)
+        scale = self.mean / (sum(self.values) / count)
+        while True:
+            first = random.randrange(count)
+            for place in range(first, first + min(RUN, count)):
+                yield scale * self.values[place % count]
 
 
 _AS_PREDICTED = Factors()
@@ -67,12 +63,6 @@ class Pace:
     mixed: Factors = _AS_PREDICTED
     prefill: Factors = _AS_PREDICTED
 
-    def of(self, batch: Batch) -> Factors:
-        """The factors of batches such as this one."""
-        if not batch.chunks:
-            return self.decode
-        return self.mixed if batch.num_decodes else self.prefill
-
 
 def simulate_paced(workload: Workload, setup: Setup, paces: Sequence[Pace], seed: int = 0) -> RunRecords:
     """Simulate ``workload`` at a pace for each stage; what lies between stages is as predicted."""
@@ -82,9 +72,11 @@ def simulate_paced(workload: Workload, setup: Setup, paces: Sequence[Pace], seed
 
 class _PacedReplica(Replica):
     def __init__(self, *arguments: Any, paces: Sequence[Pace], random: Random, **options: Any) -> None:
-        self._paces = paces
-        self._random = random
+        self._drawn = [
+            [kind.drawn(random) for kind in (pace.decode, pace.mixed, pace.prefill)] for pace in paces
+        ]
         super().__init__(*arguments, **options)
 
     def stage_s(self, batch: Batch, stage: int) -> float:
-        return self._paces[stage].of(batch).draw(self._random) * super().stage_s(batch, stage)
+        kind = (1 if batch.num_decodes else 2) if batch.chunks else 0
+        return next(self._drawn[stage][kind]) * super().stage_s(batch, stage)

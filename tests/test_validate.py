@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -26,7 +27,7 @@ from experiments.pace import measured_paces
 from policies.batch import Batch
 from policies.scheduler import SchedulerSettings
 from sim.cluster import Cluster, Setup, simulate
-from sim.paced import Factors, Pace, simulate_paced
+from sim.paced import RUN, Factors, Pace, simulate_paced
 from sim.replayed import RecordedRun, delay_until, replay, slices_of
 from sim.replica import Replica
 from specs.errors import InputError
@@ -193,20 +194,26 @@ def test_each_kind_of_batches_has_its_own_pace(tmp_path: Path) -> None:
     )
 
 
-def test_factors_are_drawn_by_weight() -> None:
-    """By hand: 1.0 three quarters of the time and 3.0 one quarter come to 1.5 in the mean."""
-    factors, random = Factors((3.0, 1.0), (1.0, 3.0)), Random(5)
-    drawn = [factors.draw(random) for _ in range(4000)]
-    assert set(drawn) == {1.0, 3.0}
-    assert factors.mean == pytest.approx(1.5) == pytest.approx(np.mean(drawn), abs=0.05)
-    assert (factors.quantile(0.1), factors.quantile(0.75), factors.quantile(0.76)) == (1.0, 1.0, 3.0)
+def test_factors_are_drawn_in_runs_and_take_what_was_taken() -> None:
+    """By hand: a second at 3 and three at 1 make 1.5 in the mean, where the factors' own mean is 2."""
+    short = Factors((3.0, 1.0), (1.0, 3.0))
+    assert short.mean == pytest.approx(1.5)
+    assert (short.quantile(0.1), short.quantile(0.6)) == (1.0, 3.0)
+    drawn = list(islice(short.drawn(Random(5)), 10))
+    assert set(np.round(drawn, 9)) == {0.75, 2.25} and sum(drawn) == pytest.approx(15.0)
+    many = Factors(range(1, 1001), [1.0] * 1000)
+    drawn = list(islice(many.drawn(Random(6)), 20 * RUN))
+    steps = np.diff(drawn) % 1000
+    assert np.count_nonzero(steps != 1.0) in range(10, 20)  # twenty runs, one after the other
+    assert np.mean(drawn) == pytest.approx(500.5, rel=0.3)
 
 
 def test_batches_that_take_unequally_long_make_queues_longer() -> None:
     """Pollaczek and Khinchine: at load ρ one server's mean wait is ρ · (1 + c²) ÷ 2(1 − ρ) services, where c²
     is the variance of a service time ÷ its mean squared: 0.25 for factors of 0.5 and 1.5, 0 without."""
     rng = np.random.default_rng(3)
-    count, load = 20_000, 0.8
+    unequal = Factors(rng.choice([0.5, 1.5], 20_000), np.ones(20_000))
+    count, load = 60_000, 0.8
     workload = Workload(
         prompt_tokens=np.ones(count, dtype=np.int32),
         output_tokens=np.ones(count, dtype=np.int32),
@@ -215,7 +222,7 @@ def test_batches_that_take_unequally_long_make_queues_longer() -> None:
     )
     one_by_one = SchedulerSettings(max_batch_requests=1, chunk_tokens=16)
     setup = Setup(LinearCost(base_s=1.0), kv_capacity_tokens=1 << 20, scheduler=one_by_one)
-    for factors in (Factors((1.0,)), Factors((0.5, 1.5), (1.0, 1.0))):
+    for factors in (Factors(), unequal):
         records = simulate_paced(workload, setup, [Pace(factors, factors, factors)])
         wait_s = np.mean(records.ttft_s) - 1.0
         variance = np.mean((np.array(factors.values) - 1.0) ** 2)
