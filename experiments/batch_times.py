@@ -14,6 +14,7 @@ from experiments.live_records import LiveRun
 from policies.batch import Load
 from policies.sharding import Sharding, SlowestGroup
 from profiler.iteration import IterationModel
+from sim.paced import work_of
 from traces.slices import Slice
 from traces.stages import StageStarts, stage_starts
 from traces.workload import Workload
@@ -85,6 +86,7 @@ class BatchTimes:
         predicted_wait_s, measured_wait_s: before it, since the stage was free and the stage before was
             through with it; 0 in the first stage.
         kind: a place in ``KINDS``.
+        work: what it is bound by, as :func:`sim.paced.work_of` says.
         stage: that executed it.
     """
 
@@ -94,6 +96,7 @@ class BatchTimes:
     predicted_wait_s: FloatArray
     measured_wait_s: FloatArray
     kind: NDArray[np.int64]
+    work: NDArray[np.int64]
     stage: NDArray[np.int64]
 
     @property
@@ -162,6 +165,7 @@ def batch_times(run: LiveRun, workload: Workload, cost: IterationModel, sharding
     stages_s = np.array([_predict(shape, cost, sharding) for shape in shapes])
     stages_s[after_a_pause(run), 0, PARTS.index("layers")] += cost.idle_s
     kinds = [(1 if shape.decodes else 2) if shape.chunks else 0 for shape in shapes]
+    works = [work_of(_loads(shape, cost, sharding)[0], cost) for shape in shapes]
     batches = run.records.batches
     at = batches["batch"]
     measured_s = batches["end_s"] - batches["start_s"]
@@ -176,6 +180,7 @@ def batch_times(run: LiveRun, workload: Workload, cost: IterationModel, sharding
         predicted_wait_s=waits_s[0],
         measured_wait_s=waits_s[1],
         kind=np.array(kinds, dtype=np.int64)[at],
+        work=np.array(works, dtype=np.int64)[at],
         stage=np.asarray(batches["stage"], dtype=np.int64),
     )
 

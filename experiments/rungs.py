@@ -21,7 +21,7 @@ from sim.replayed import Parity, replay
 Status = Literal["holds", "broken", "unknown"]
 
 DECIDING = ("decisions", "request")
-_SIMULATIONS = 5  # at the measured pace, each with other draws
+_SIMULATIONS = 10  # at the measured pace, each with other draws
 _COUNTS = 0.05  # share of the predicted time from which an operator's errors count
 
 

@@ -91,7 +91,7 @@ def _of_ladder(ladder: Ladder) -> str:
 
 def _pace(stage: int, pace: Pace, stages: int) -> str:
     where = f" in stage {stage}" if stages > 1 else ""
-    kinds = (("decodes", pace.decode), ("mixed", pace.mixed), ("prefills", pace.prefill))
+    kinds = zip(("decodes", "short chunks", "long chunks"), pace.kinds, strict=True)
     factors = ", ".join(
         f"{name} {each.mean:.2f} ({each.quantile(0.1):.2f} … {each.quantile(0.9):.2f})"
         for name, each in kinds

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from profiler.coverage import part_used
 from profiler.estimate import FloatArray
@@ -73,6 +74,21 @@ def train(
     """
     if folds < 2:
         raise InputError(f"folds: must be at least 2, not {folds}")
+    # The order of sums goes by the number of threads, and with it the last digits of what is written.
+    with threadpool_limits(limits=1):
+        return _train(profile_dir, out, device, folds, tables, max_rows, compare, save)
+
+
+def _train(
+    profile_dir: Path,
+    out: Path | None,
+    device: DeviceSpec | None,
+    folds: int,
+    tables: Sequence[str] | None,
+    max_rows: int | None,
+    compare: bool,
+    save: bool,
+) -> TrainReport:
     profile = read_profile(profile_dir)
     device = device or get_device(profile.device)
     infos = [info for info in profile.tables if tables is None or info.key in tables]

@@ -13,7 +13,8 @@ from functools import partial
 from random import Random
 from typing import Any
 
-from policies.batch import Batch
+from policies.batch import Batch, Load
+from policies.cost import CostModel
 from sim.cluster import Cluster, Setup
 from sim.replica import Replica
 from traces.records import RunRecords
@@ -56,12 +57,29 @@ _AS_PREDICTED = Factors()
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How many times what is predicted for it a batch takes in a stage, by what it holds: decodes alone,
-    decodes beside chunks of prompts, chunks alone."""
+    """How many times what is predicted for it a batch takes in a stage, by the work it is (see
+    :func:`work_of`): decodes alone, chunks behind a short context, chunks behind a long one."""
 
     decode: Factors = _AS_PREDICTED
-    mixed: Factors = _AS_PREDICTED
-    prefill: Factors = _AS_PREDICTED
+    short: Factors = _AS_PREDICTED
+    long: Factors = _AS_PREDICTED
+
+    @property
+    def kinds(self) -> tuple[Factors, ...]:
+        """By the number that :func:`work_of` gives."""
+        return self.decode, self.short, self.long
+
+
+def work_of(loads: Sequence[Load], cost: CostModel) -> int:
+    """What a batch is bound by, on a device as in a cache: 0, decodes alone, which read; 1, chunks whose
+    attention takes less than all else, which multiply by weights; 2, chunks whose attention takes more."""
+    if not any(load.num_chunks for load in loads):
+        return 0
+    for load in loads:
+        chunks_s = load.attention_s - load.decode_attention_s
+        if load.num_chunks and chunks_s > cost.tokens_s(load.tokens, load.rows, load.requests):
+            return 2
+    return 1
 
 
 def simulate_paced(workload: Workload, setup: Setup, paces: Sequence[Pace], seed: int = 0) -> RunRecords:
@@ -72,11 +90,9 @@ def simulate_paced(workload: Workload, setup: Setup, paces: Sequence[Pace], seed
 
 class _PacedReplica(Replica):
     def __init__(self, *arguments: Any, paces: Sequence[Pace], random: Random, **options: Any) -> None:
-        self._drawn = [
-            [kind.drawn(random) for kind in (pace.decode, pace.mixed, pace.prefill)] for pace in paces
-        ]
+        self._drawn = [[factors.drawn(random) for factors in pace.kinds] for pace in paces]
         super().__init__(*arguments, **options)
 
     def stage_s(self, batch: Batch, stage: int) -> float:
-        kind = (1 if batch.num_decodes else 2) if batch.chunks else 0
-        return next(self._drawn[stage][kind]) * super().stage_s(batch, stage)
+        factors = self._drawn[stage][work_of(batch.loads, self.cost)]
+        return next(factors) * super().stage_s(batch, stage)

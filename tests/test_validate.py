@@ -24,10 +24,11 @@ from experiments.live import serve_live
 from experiments.live_records import LiveRun
 from experiments.load import load_config
 from experiments.pace import measured_paces
-from policies.batch import Batch
+from policies.batch import Batch, Load
 from policies.scheduler import SchedulerSettings
+from profiler.overheads import HostOverhead
 from sim.cluster import Cluster, Setup, simulate
-from sim.paced import RUN, Factors, Pace, simulate_paced
+from sim.paced import RUN, Factors, Pace, simulate_paced, work_of
 from sim.replayed import RecordedRun, delay_until, replay, slices_of
 from sim.replica import Replica
 from specs.errors import InputError
@@ -58,21 +59,26 @@ def write(folder: Path, changes: dict[str, Any] | None = None) -> Path:
 class _Noting(Replica):
     """A replica that records what a live run would: slices and times."""
 
-    def __init__(self, *arguments: Any, log: SliceLog, ends: list[dict[int, float]], **options: Any) -> None:
-        self._log, self._ends = log, ends
+    def __init__(
+        self,
+        *arguments: Any,
+        log: SliceLog,
+        ends: list[dict[int, float]],
+        works: list[int],
+        **options: Any,
+    ) -> None:
+        self._log, self._ends, self._works = log, ends, works
         super().__init__(*arguments, **options)
 
     def stage_s(self, batch: Batch, stage: int) -> float:
         if stage == 0:
             self._log.add(batch.id, slices_of(batch))
             self._ends.append({-1: self.env.now})
+            self._works.append(work_of(batch.loads, self.cost))
         # Slower than predicted by a factor that changes from batch to batch.
         time_s = super().stage_s(batch, stage) * (1.0 + 0.37 * (batch.id % 5))
         self._ends[batch.id][stage] = self.env.now + time_s
         return time_s
-
-    def handover_s(self, batch: Batch, stage: int) -> float:
-        return 0.0
 
 
 def experiment(tmp_path: Path, **changes: Any) -> Experiment:
@@ -80,13 +86,15 @@ def experiment(tmp_path: Path, **changes: Any) -> Experiment:
     return build(load_config(path), str(path))
 
 
-def noted(made: Experiment) -> tuple[RecordedRun, LiveRun]:
-    """A run in which batches take other times than predicted, and its records."""
+def noted(made: Experiment, works: list[int] | None = None) -> tuple[RecordedRun, LiveRun]:
+    """A run in which batches take other times than predicted, and its records; ``works`` is filled with what
+    each batch was bound by."""
+    works = [] if works is None else works
     log: SliceLog = SliceLog()
     ends: list[dict[int, float]] = []
 
     def replica(*arguments: Any, **options: Any) -> Replica:
-        return _Noting(*arguments, log=log, ends=ends, **options)
+        return _Noting(*arguments, log=log, ends=ends, works=works, **options)
 
     records = Cluster(made.workload, made.setup, step_by_step=True, replica=replica).run()
     stages = made.parallel.spp
@@ -131,12 +139,17 @@ def test_iterations_are_predicted_from_slices_as_the_simulator_does(
     tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     made = experiment(tmp_path, **changes)
-    _, live = noted(made)
+    made.iteration.turnaround = HostOverhead(base_s=4e-4, per_request_s=3e-5, prefill_s=2e-4)
+    works: list[int] = []
+    _, live = noted(made, works)
     times = batch_times(live, made.workload, made.iteration, made.setup.sharding)
     factor = 1.0 + 0.37 * (live.records.batches["batch"] % 5)
     np.testing.assert_allclose(times.measured_s, times.predicted_s * factor, rtol=1e-9)
     kinds = live.records.batches["num_decodes"] > 0
     np.testing.assert_array_equal(times.kind < 2, kinds)
+    np.testing.assert_array_equal(times.work, np.array(works)[live.records.batches["batch"]])
+    np.testing.assert_allclose(times.measured_wait_s, times.predicted_wait_s, rtol=1e-9, atol=1e-12)
+    assert (times.measured_wait_s.max() > 4e-4) == (made.parallel.spp > 1)
 
 
 def test_one_token_more_or_less_is_found(tmp_path: Path) -> None:
@@ -182,11 +195,11 @@ def test_a_slower_machine_decides_as_before_and_takes_longer(tmp_path: Path) -> 
     np.testing.assert_allclose(slowed.e2e_s, 1.7 * plain.e2e_s, rtol=1e-6)
 
 
-def test_each_kind_of_batches_has_its_own_pace(tmp_path: Path) -> None:
-    """By hand: in a request of its own the first token is the prefills', the rest are decodes'."""
+def test_each_kind_of_work_has_its_own_pace(tmp_path: Path) -> None:
+    """By hand: in a request of its own the first token is the chunk's, the rest are decodes'."""
     made = experiment(tmp_path, scheduler={"priority": "fcfs", "chunking": "static", "chunk_tokens": 4096})
     one = replace(made.workload, arrival_s=np.arange(len(made.workload)) * 100.0)
-    pace = Pace(Factors((3.0,)), Factors((100.0,)), Factors((2.0,)))
+    pace = Pace(Factors((3.0,)), Factors((2.0,)), Factors((100.0,)))
     plain, paced = simulate(one, made.setup), simulate_paced(one, made.setup, [pace])
     np.testing.assert_allclose(paced.ttft_s, 2.0 * plain.ttft_s, rtol=1e-6)
     np.testing.assert_allclose(
@@ -229,20 +242,38 @@ def test_batches_that_take_unequally_long_make_queues_longer() -> None:
         assert wait_s == pytest.approx(load * (1.0 + variance) / (2.0 * (1.0 - load)), rel=0.08)
 
 
-def test_paces_are_sums_by_kind_and_stage() -> None:
-    """Decodes 2 ×, mixed batches 3 ×; too few prefills in stage 0 and none in stage 1 take that of all."""
-    kind = np.array([0] * 10 + [1] * 10 + [2] * 9 + [0] * 10)
+def test_attention_binds_a_chunk_behind_a_long_context() -> None:
+    """By hand: 10 tokens cost 10 s but for attention, which costs 2 s a chunk token behind 200."""
+    cost = LinearCost(token_s=1.0, pair_s=0.01)
+    for context, decodes, work in (
+        (50, 0, 1),
+        (99, 0, 1),
+        (101, 0, 2),
+        (101, 4, 1),
+        (200, 4, 2),
+        (None, 4, 0),
+    ):
+        load = Load()
+        if context is not None:
+            load.count_chunk(10, 0, cost.chunk_attention_s(10, context))
+        load.count_decodes(decodes, decodes, 10_000, 1e9)
+        assert work_of((Load(), load), cost) == work
+
+
+def test_paces_are_sums_by_work_and_stage() -> None:
+    """Decodes 2 ×, short chunks 3 ×; too few long ones in stage 0 and none in stage 1 take that of all."""
+    work = np.array([0] * 10 + [1] * 10 + [2] * 9 + [0] * 10)
     stage = np.array([0] * 29 + [1] * 10)
     predicted_s = np.linspace(1.0, 2.0, 39)
-    factor = np.where(stage == 1, 4.0, np.array([2.0, 3.0, 5.0])[kind])
+    factor = np.where(stage == 1, 4.0, np.array([2.0, 3.0, 5.0])[work])
     parts_s = np.stack([predicted_s, np.zeros(39), np.zeros(39)], axis=1)
-    times = BatchTimes(parts_s, parts_s * np.nan, factor * predicted_s, *np.zeros((2, 39)), kind, stage)
+    waits_s = np.zeros((2, 39))
+    times = BatchTimes(parts_s, parts_s * np.nan, factor * predicted_s, *waits_s, 0 * work, work, stage)
     first, second, third = measured_paces(times, 3)
     of_all = float((factor * predicted_s)[:29].sum() / predicted_s[:29].sum())
-    assert (first.decode.mean, first.mixed.mean) == (pytest.approx(2.0), pytest.approx(3.0))
-    assert first.prefill.mean == pytest.approx(of_all)
-    assert set(np.round(first.prefill.values, 9)) == {2.0, 3.0, 5.0}
-    assert [each.mean for each in (second.decode, second.mixed, second.prefill)] == pytest.approx([4.0] * 3)
+    assert [each.mean for each in first.kinds] == pytest.approx([2.0, 3.0, of_all])
+    assert set(np.round(first.long.values, 9)) == {2.0, 3.0, 5.0}
+    assert [each.mean for each in second.kinds] == pytest.approx([4.0] * 3)
     assert third == Pace()
 
 

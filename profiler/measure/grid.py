@@ -47,7 +47,7 @@ _COARSE = {
     "send_recv": 20,
     "host": 24,
     "iteration": 56,
-    "turnaround": 16,
+    "turnaround": 18,
 }
 MERGE_SHARDS = (2, 3, 4, 8)
 HOST_CHUNKS = (0, 64, 256, 1024)  # tokens of the chunk in a batch whose host time is taken
@@ -266,10 +266,10 @@ class Grid:
     def _turnaround(self) -> Iterable[Point]:
         """The same of a later stage, where there can be one: decodes alone, and a chunk alone."""
         if 2 in self.limits.ranks and self.model.num_layers > 1 and not self.limits.is_quick:
-            for host in self._host():
-                requests, chunk, ranks = host.shape
-                if ranks == 1 and (requests == 1 or not chunk):
-                    yield Point("turnaround", (requests, chunk))
+            for requests in _steps(1, self.limits.decodes, 2):
+                yield Point("turnaround", (requests, 0))
+            for chunk in _steps(32, max(HOST_CHUNKS), 1):
+                yield Point("turnaround", (1, chunk))
 
     def _collective(self, operator: str) -> Iterable[Point]:
         largest = self.limits.tokens * self.model.hidden_size * self.element
