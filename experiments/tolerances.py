@@ -28,7 +28,7 @@ class RequestTolerance(QuantileTolerance):
     live runs is allowed too, if that is larger.
 
     ``speed`` says at which pace of the machine the simulation is judged: that of its profile, or the one that
-    the batches of the live runs had, as a factor on each kind of batches.
+    the batches of the live runs had (see ``experiments.pace``).
     """
 
     p90: Positive = 0.10

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from profiler.measure import check as drift  # noqa: E402
 from profiler.measure.cases import Cases  # noqa: E402
 from profiler.measure.collectives import Ranks  # noqa: E402
 from profiler.measure.command import MeasureOptions, measure, set_up  # noqa: E402
-from profiler.measure.engine_bench import EngineBench  # noqa: E402
+from profiler.measure.engine_bench import EngineBench, _times_s, parallel_of  # noqa: E402
 from profiler.measure.layer import LayerBench  # noqa: E402
 from profiler.measure.measurer import Measurer  # noqa: E402
 from profiler.measure.points import Point  # noqa: E402
@@ -27,8 +29,9 @@ from profiler.measure.timing import sample  # noqa: E402
 from profiler.tables import Profile, Table, TableInfo, read_profile, read_table, write_profile, write_table  # noqa: E402
 from profiler.train import train  # noqa: E402
 from runtime.attention import Backend  # noqa: E402
+from runtime.engine import LiveRecords  # noqa: E402
 from runtime.executors import LocalExecutor  # noqa: E402
-from specs import get_device, get_model  # noqa: E402
+from specs import ParallelSpec, get_device, get_model  # noqa: E402
 from specs.errors import InputError  # noqa: E402
 
 CPU, MODEL, HERE = get_device("cpu"), get_model("tiny-llama"), torch.device("cpu")
@@ -115,7 +118,7 @@ def test_a_layer_takes_longer_with_more_tokens_and_leaves_the_cache_as_it_was() 
 def test_host_time_grows_with_the_batch_and_is_not_the_layers() -> None:
     """Several runs of one bench: what a run leaves in the KV cache must not fill it."""
     points = [Point.of("host", requests=n, chunk=chunk, ranks=1) for n, chunk in ((1, 0), (48, 0), (4, 512))]
-    bench = EngineBench(MODEL, CPU, points, 1, "cpu", "fp32")
+    bench = EngineBench(MODEL, CPU, points, ParallelSpec(), "cpu", "fp32")
     few, many, mixed = [bench.time(point, 0.05) for point in points + points][3:]
     assert 1e-6 < few.time_s < many.time_s < 0.1
     assert few.samples >= 3 and mixed.samples >= 3  # ten or more where nobody else uses the machine
@@ -132,13 +135,39 @@ def test_whole_iterations_take_longer_than_the_host_and_need_no_queue() -> None:
         Point.of("iteration", requests=1, idle=0, **shape),
         Point.of("iteration", requests=1, idle=1, **shape),
     ]
-    bench = EngineBench(MODEL, CPU, points, 1, "cpu", "fp32")
+    bench = EngineBench(MODEL, CPU, points, ParallelSpec(), "cpu", "fp32")
     host, busy, at_rest = [bench.time(point, 0.05) for point in points]
     assert 1e-6 < host.time_s < min(busy.time_s, at_rest.time_s) < 0.1
     assert busy.samples >= 3 and at_rest.samples >= 3
     # Eight prompts, one by one; before the first one nobody waited.
     assert len(bench._serve(points[2])) == 7
     bench.close()
+
+
+def test_a_later_stage_is_timed_between_batches_that_queue() -> None:
+    """Two batches of so many decodes are in flight, and a bench that had none waiting would say so."""
+    points = [Point.of("turnaround", requests=n, chunk=0) for n in (1, 3)]
+    bench = EngineBench(MODEL, CPU, points, parallel_of(points[0]), "cpu", "fp32")
+    try:
+        one, three = [bench.time(point, 0.05) for point in points]
+        assert bench._executor.num_stages == 2
+    finally:
+        bench.close()
+    assert one.samples >= 3 and three.samples >= 3
+    assert 1e-5 < min(one.time_s, three.time_s) < max(one.time_s, three.time_s) < 0.1
+
+
+def test_what_lies_between_stages_by_hand() -> None:
+    """Of two batches in a second stage only the second was waiting for it."""
+    batches = {
+        "batch": np.array([0, 1, 0, 1]),
+        "stage": np.array([0, 0, 1, 1]),
+        "start_s": np.array([0.0, 1.0, 1.25, 3.5]),
+        "end_s": np.array([1.0, 2.0, 3.0, 5.0]),
+    }
+    records = cast(LiveRecords, SimpleNamespace(batches=batches, host={}))
+    np.testing.assert_array_equal(_times_s("turnaround", records), [np.nan, np.nan, np.nan, 0.5])
+    np.testing.assert_array_equal(_times_s("iteration", records), [1.0, 1.0, 1.75, 1.5])
 
 
 def test_the_contexts_of_a_batch_by_hand() -> None:
