@@ -162,16 +162,17 @@ def batch_times(run: LiveRun, workload: Workload, cost: IterationModel, sharding
     They are made from what the batches held alone, so they don't depend on decisions being the same today.
     """
     shapes = batch_shapes(run, workload)
-    stages_s = np.array([_predict(shape, cost, sharding) for shape in shapes])
+    loads = [_group_loads(shape, cost, sharding) for shape in shapes]
+    stages_s = np.array([_predict(each, cost) for each in loads])
     stages_s[after_a_pause(run), 0, PARTS.index("layers")] += cost.idle_s
     kinds = [(1 if shape.decodes else 2) if shape.chunks else 0 for shape in shapes]
-    works = [work_of(_loads(shape, cost, sharding)[0], cost) for shape in shapes]
+    works = [work_of(each, cost) for each in loads]
     batches = run.records.batches
     at = batches["batch"]
     measured_s = batches["end_s"] - batches["start_s"]
     starts = stage_starts(batches)
     waits_s = np.zeros((2, len(measured_s)))
-    waits_s[0, starts.rows] = _predicted_waits_s(starts, batches, shapes, cost, sharding)
+    waits_s[0, starts.rows] = _predicted_waits_s(starts, batches, loads, cost)
     waits_s[1, starts.rows] = starts.waited_s
     return BatchTimes(
         predicted_parts_s=stages_s[at, batches["stage"]],
@@ -188,24 +189,19 @@ def batch_times(run: LiveRun, workload: Workload, cost: IterationModel, sharding
 def _predicted_waits_s(
     starts: StageStarts,
     batches: Mapping[str, NDArray[Any]],
-    shapes: Sequence[BatchShape],
+    loads: Sequence[Sequence[Load]],
     cost: IterationModel,
-    sharding: Sharding,
 ) -> FloatArray:
     """Seconds before each batch of a later stage, from when it was formed and sent and the stage was free."""
-    between = {}
-    for number in np.unique(batches["batch"][starts.rows]).tolist():
-        loads = [load for load in _loads(shapes[number], cost, sharding)[0] if load.requests]
-        tokens = max(load.tokens for load in loads)
-        between[number] = tokens, max(cost.turnaround_s(load.tokens, load.requests) for load in loads)
-    handed = [
-        (cost.handover_s(between[number][0], stage), between[number][1])
-        for number, stage in zip(
-            batches["batch"][starts.rows].tolist(), batches["stage"][starts.rows].tolist(), strict=True
-        )
-    ]
-    handover_s, turnaround_s = np.array(handed).reshape(-1, 2).T
-    ready_s = np.maximum(starts.free_s, starts.formed_s) + turnaround_s
+    handed = []
+    rows = starts.rows
+    for number, stage in zip(batches["batch"][rows].tolist(), batches["stage"][rows].tolist(), strict=True):
+        groups = loads[number]
+        tokens = max(load.tokens for load in groups)
+        turnaround_s = max(cost.turnaround_s(load.tokens, load.requests) for load in groups)
+        handed.append((cost.handover_s(tokens, stage), turnaround_s))
+    handover_s, turnarounds_s = np.array(handed).reshape(-1, 2).T
+    ready_s = np.maximum(starts.free_s, starts.formed_s) + turnarounds_s
     return np.asarray(np.maximum(ready_s, starts.sent_s + handover_s) - starts.possible_s)
 
 
@@ -229,25 +225,17 @@ def _measured_parts_s(host: Mapping[str, FloatArray], measured_s: FloatArray) ->
     return np.stack([execute_s, sample_s, measured_s - execute_s - sample_s], axis=1)
 
 
-def _predict(shape: BatchShape, cost: IterationModel, sharding: Sharding) -> list[tuple[float, ...]]:
-    """Seconds of each stage, by ``PARTS``: as long as in its slowest KVP group. Loads are counted as the
-    scheduler counts them."""
-    slowest = SlowestGroup(cost, sharding)
-    groups = []
-    for load, shards_of in zip(*_loads(shape, cost, sharding), strict=True):
-        if load.requests:
-            attention_s = load.attention_s + slowest.merge_decodes_s(shards_of)
-            if load.num_decodes:
-                attention_s += cost.decode_attention_s(load.num_decodes, load.decode_context)
-            groups.append(_stages_s(cost, load, attention_s))
+def _predict(loads: Sequence[Load], cost: IterationModel) -> list[tuple[float, ...]]:
+    """Seconds of each stage, by ``PARTS``: as long as in its slowest KVP group."""
+    groups = [_stages_s(cost, load) for load in loads]
     return [max(stage, key=sum) for stage in zip(*groups, strict=True)]
 
 
-def _loads(shape: BatchShape, cost: IterationModel, sharding: Sharding) -> tuple[list[Load], list[list[int]]]:
-    """What each KVP group computes, and the numbers of shards of its decodes that have several."""
+def _group_loads(shape: BatchShape, cost: IterationModel, sharding: Sharding) -> list[Load]:
+    """What each KVP group that takes part computes, counted as the scheduler counts it."""
     slowest = SlowestGroup(cost, sharding)
     loads = [Load() for _ in range(sharding.groups)]
-    together: list[list[int]] = [[] for _ in loads]
+    together: list[list[int]] = [[] for _ in loads]  # shards of each decode with several
     for (_, tokens, context, home), ends_prefill in zip(shape.chunks, shape.ends_prefill, strict=True):
         for shard, attention_s in enumerate(slowest.by_shard_s(tokens, context)):
             loads[sharding.group(home, shard)].count_chunk(tokens, ends_prefill and shard == 0, attention_s)
@@ -258,13 +246,15 @@ def _loads(shape: BatchShape, cost: IterationModel, sharding: Sharding) -> tuple
             loads[group].count_decodes(1, shard == 0, sharding.stored(context, shard), 0.0)
             if shards > 1:
                 together[group].append(shards)
-    return loads, together
+    for load, shards_of in zip(loads, together, strict=True):
+        slowest.attend(load, shards_of)
+    return [load for load in loads if load.requests]
 
 
-def _stages_s(cost: IterationModel, load: Load, attention_s: float) -> list[tuple[float, ...]]:
+def _stages_s(cost: IterationModel, load: Load) -> list[tuple[float, ...]]:
     """Of one group. The host's work is the first stage's, the LM head the last one's."""
-    total_s = cost.stage_times_s(load.tokens, load.rows, load.requests, attention_s)
+    total_s = cost.stage_times_s(load.tokens, load.rows, load.requests, load.attention_s)
     head_s, host_s = [0.0] * len(total_s), [0.0] * len(total_s)
-    head_s[-1] = total_s[-1] - cost.stage_times_s(load.tokens, 0, load.requests, attention_s)[-1]
+    head_s[-1] = total_s[-1] - cost.stage_times_s(load.tokens, 0, load.requests, load.attention_s)[-1]
     host_s[0] = cost.host_s(load.tokens, load.requests)
     return [(s - a - b, a, b) for s, a, b in zip(total_s, head_s, host_s, strict=True)]

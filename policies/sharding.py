@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from policies.batch import Batch
+from policies.batch import Batch, Load
 from policies.cost import CostModel
 
 
@@ -108,10 +108,15 @@ class SlowestGroup:
                     if shards > 1:
                         together[group].append(shards)
         for load, shards_of in zip(batch.loads, together, strict=True):
-            if load.num_decodes:
-                attention_s = self.decode_attention_s(load.num_decodes, load.decode_context)
-                load.decode_attention_s = attention_s + self.merge_decodes_s(shards_of)
-                load.attention_s += load.decode_attention_s
+            self.attend(load, shards_of)
+
+    def attend(self, load: Load, shards_of: list[int]) -> None:
+        """Add the attention of the decodes that ``load`` has counted, and their merge if some of them are
+        spread over so many shards."""
+        if load.num_decodes:
+            attention_s = self.decode_attention_s(load.num_decodes, load.decode_context)
+            load.decode_attention_s = attention_s + self.merge_decodes_s(shards_of)
+            load.attention_s += load.decode_attention_s
 
     def merge_decodes_s(self, shards_of: list[int]) -> float:
         """Seconds to merge the attention of decodes of which each is spread over so many shards."""
