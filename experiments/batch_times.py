@@ -14,7 +14,7 @@ from experiments.live_records import LiveRun
 from policies.batch import Load
 from policies.sharding import Sharding, SlowestGroup
 from profiler.iteration import IterationModel
-from sim.paced import work_of
+from sim.paced import bound_of
 from traces.slices import Slice
 from traces.stages import StageStarts, stage_starts
 from traces.workload import Workload
@@ -86,7 +86,7 @@ class BatchTimes:
         predicted_wait_s, measured_wait_s: before it, since the stage was free and the stage before was
             through with it; 0 in the first stage.
         kind: a place in ``KINDS``.
-        work: what it is bound by, as :func:`sim.paced.work_of` says.
+        bound: what it is bound by, as :func:`sim.paced.bound_of` says.
         stage: that executed it.
     """
 
@@ -96,7 +96,7 @@ class BatchTimes:
     predicted_wait_s: FloatArray
     measured_wait_s: FloatArray
     kind: NDArray[np.int64]
-    work: NDArray[np.int64]
+    bound: NDArray[np.int64]
     stage: NDArray[np.int64]
 
     @property
@@ -166,7 +166,7 @@ def batch_times(run: LiveRun, workload: Workload, cost: IterationModel, sharding
     stages_s = np.array([_predict(each, cost) for each in loads])
     stages_s[after_a_pause(run), 0, PARTS.index("layers")] += cost.idle_s
     kinds = [(1 if shape.decodes else 2) if shape.chunks else 0 for shape in shapes]
-    works = [work_of(each, cost) for each in loads]
+    bounds = [bound_of(each, cost) for each in loads]
     batches = run.records.batches
     at = batches["batch"]
     measured_s = batches["end_s"] - batches["start_s"]
@@ -181,7 +181,7 @@ def batch_times(run: LiveRun, workload: Workload, cost: IterationModel, sharding
         predicted_wait_s=waits_s[0],
         measured_wait_s=waits_s[1],
         kind=np.array(kinds, dtype=np.int64)[at],
-        work=np.array(works, dtype=np.int64)[at],
+        bound=np.array(bounds, dtype=np.int64)[at],
         stage=np.asarray(batches["stage"], dtype=np.int64),
     )
 
@@ -198,10 +198,10 @@ def _predicted_waits_s(
     for number, stage in zip(batches["batch"][rows].tolist(), batches["stage"][rows].tolist(), strict=True):
         groups = loads[number]
         tokens = max(load.tokens for load in groups)
-        turnaround_s = max(cost.turnaround_s(load.tokens, load.requests) for load in groups)
-        handed.append((cost.handover_s(tokens, stage), turnaround_s))
-    handover_s, turnarounds_s = np.array(handed).reshape(-1, 2).T
-    ready_s = np.maximum(starts.free_s, starts.formed_s) + turnarounds_s
+        stage_gap_s = max(cost.stage_gap_s(load.tokens, load.requests) for load in groups)
+        handed.append((cost.handover_s(tokens, stage), stage_gap_s))
+    handover_s, stage_gaps_s = np.array(handed).reshape(-1, 2).T
+    ready_s = np.maximum(starts.free_s, starts.formed_s) + stage_gaps_s
     return np.asarray(np.maximum(ready_s, starts.sent_s + handover_s) - starts.possible_s)
 
 

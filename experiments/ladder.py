@@ -103,7 +103,7 @@ class Comparison:
         live_s: mean over the live runs.
         error: simulated ÷ live − 1.
         error_at_pace: the same of simulations at the pace that the batches of the live runs had, in the mean.
-        noise_at_pace: largest difference between two of these ÷ their mean.
+        scatter_at_pace: standard deviation of these ÷ their mean: by chance alone, as live runs differ.
         noise: largest difference between two live runs ÷ their mean; None with a single one.
         allowed: the size of error that passes; None if this statistic decides nothing.
         speed: which of the two errors must pass.
@@ -115,7 +115,7 @@ class Comparison:
     live_s: float
     error: float
     error_at_pace: float
-    noise_at_pace: float
+    scatter_at_pace: float
     noise: float | None
     allowed: float | None
     speed: Speed
@@ -164,7 +164,9 @@ def _compare(
     tolerance: RequestTolerance,
 ) -> Comparison:
     mean_s = float(np.mean(live_s))
-    noise = _noise(live_s) if len(live_s) > 1 else None
+    noise = None
+    if len(live_s) > 1:
+        noise = (max(live_s) - min(live_s)) / mean_s if mean_s > 0 else 0.0
     allowed = None
     if metric in tolerance.metrics and statistic in ("p50", "p90"):
         allowed = max(getattr(tolerance, statistic), tolerance.noise_factor * (noise or 0.0))
@@ -175,17 +177,11 @@ def _compare(
         mean_s,
         error=_error(simulated_s, mean_s),
         error_at_pace=_error(float(np.mean(at_pace_s)), mean_s),
-        noise_at_pace=_noise(at_pace_s),
+        scatter_at_pace=float(np.std(at_pace_s) / np.mean(at_pace_s)) if np.mean(at_pace_s) > 0 else 0.0,
         noise=noise,
         allowed=allowed,
         speed=tolerance.speed,
     )
-
-
-def _noise(values_s: Sequence[float]) -> float:
-    """The largest difference ÷ the mean."""
-    mean_s = float(np.mean(values_s))
-    return (max(values_s) - min(values_s)) / mean_s if mean_s > 0 else 0.0
 
 
 def _error(simulated_s: float, live_s: float) -> float:

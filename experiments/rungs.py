@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from experiments.batch_times import PARTS, BatchTimes, IterationErrors, batch_times
+from experiments.batch_times import BETWEEN, PARTS, BatchTimes, IterationErrors, batch_times
 from experiments.build import Experiment
 from experiments.config import ValidateConfig
 from experiments.ladder import Comparison, OperatorErrors, compare_requests, operator_errors
@@ -17,6 +17,7 @@ from experiments.run import summarize_run
 from experiments.text import percent
 from sim.paced import Pace, simulate_paced
 from sim.replayed import Parity, replay
+from traces.records import RunRecords
 
 Status = Literal["holds", "broken", "unknown"]
 
@@ -66,8 +67,9 @@ class Ladder:
     def blamed(self) -> Rung | None:
         """The rung to look at if the validation fails, else None.
 
-        Decisions that differ need no other reason. Requests are wrong because iterations are, unless those
-        hold; and iterations because operators are, unless the time in the layers and the LM head is right.
+        Decisions that differ need no other reason. Requests are wrong because iterations are, or what lies
+        between stages, unless those hold; and iterations because operators are, unless the time in the layers
+        and the LM head is right.
         """
         operator, iteration, decisions, request = self.rungs
         if decisions.status == "broken":
@@ -75,8 +77,14 @@ class Ladder:
         if request.status != "broken":
             return None
         if iteration.status != "broken":
-            return request
+            return iteration if self._gaps_are_off() else request
         return operator if operator.status == "broken" and self._kernels_are_off() else iteration
+
+    def _gaps_are_off(self) -> bool:
+        """Whether what lies between stages is off by a noticeable share of all time."""
+        predicted_s, measured_s = self.iterations.by_part.get(BETWEEN, (0.0, 0.0))
+        total_s = sum(measured_s for _, measured_s in self.iterations.by_part.values())
+        return abs(predicted_s - measured_s) > self.tolerance.iteration.p50 * total_s
 
     def _kernels_are_off(self) -> bool:
         """Whether kernels take another time, all batches together, than is predicted; yes if unknown."""
@@ -89,7 +97,11 @@ class Ladder:
 
 
 def climb(experiment: Experiment, simulated: dict[str, Any], runs: Sequence[LiveRun]) -> Ladder:
-    """Judge a simulation, given by its summary, by the live runs of the same experiment."""
+    """Judge a simulation, given by its summary, by the live runs of the same experiment.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; what a part of a simulation says is no verdict.
+    """
     tolerance = experiment.config.validation
     workload, setup = experiment.workload, experiment.setup
     operators = operator_errors(experiment, runs[0])
@@ -101,7 +113,7 @@ def climb(experiment: Experiment, simulated: dict[str, Any], runs: Sequence[Live
     speed = iterations.total.measured_over_predicted if iterations.total is not None else 1.0
     paces = measured_paces(times, experiment.parallel.spp)
     at_pace = [
-        summarize_run(simulate_paced(workload, setup, paces, seed), experiment)
+        summarize_run(whole(simulate_paced(workload, setup, paces, seed)), experiment)
         for seed in range(_SIMULATIONS)
     ]
     measured = [summarize_live(run.records, experiment) for run in runs]
@@ -113,6 +125,17 @@ def climb(experiment: Experiment, simulated: dict[str, Any], runs: Sequence[Live
         _request_rung(comparisons),
     )
     return Ladder(rungs, operators, iterations, parities, comparisons, speed, paces, tolerance)
+
+
+def whole(records: RunRecords) -> RunRecords:
+    """The records of a simulation that came to its end.
+
+    Raises:
+        KeyboardInterrupt: it was ended by Ctrl-C.
+    """
+    if records.interrupted:
+        raise KeyboardInterrupt
+    return records
 
 
 def with_capacity_of(run: LiveRun, experiment: Experiment) -> Experiment:

@@ -14,7 +14,7 @@ from experiments.live_records import LiveRun, find_live_runs, read_live_run
 from experiments.measured import find_requests, read_measured
 from experiments.output import choose_folder, writing
 from experiments.run import summarize_run
-from experiments.rungs import Ladder, climb, with_capacity_of
+from experiments.rungs import Ladder, climb, whole, with_capacity_of
 from experiments.terminal import progress_bar
 from experiments.validation_files import Outcome, write_case, write_set
 from experiments.validation_text import print_outcome, print_outcomes
@@ -133,8 +133,11 @@ def _validate_case(prepared: _Prepared, options: ValidateOptions) -> Outcome:
     if runs and failure is None:
         # With as much KV cache as there was.
         experiment = with_capacity_of(runs[0], experiment)
-        simulated = simulate(experiment.workload, experiment.setup)
-        ladder = climb(experiment, summarize_run(simulated, experiment), runs)
+        try:
+            simulated = whole(simulate(experiment.workload, experiment.setup))
+            ladder = climb(experiment, summarize_run(simulated, experiment), runs)
+        except KeyboardInterrupt:
+            interrupted = True
     return Outcome(
         name=case.name or case.config.name,
         experiment=experiment,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
+
+import numpy as np
 
 from experiments.build import Experiment
 from experiments.live import summarize_live, write_live
@@ -17,7 +19,7 @@ from experiments.load import dump_yaml
 from experiments.run import summarize_run
 from experiments.rungs import DECIDING, Ladder
 from experiments.series import cdf, gap_cdf
-from sim.paced import Pace
+from sim.paced import BOUNDS, Pace
 from traces.metrics import slo_met
 from traces.records import RunRecords, write_requests_csv
 
@@ -117,7 +119,7 @@ def verdict_data(outcome: Outcome) -> dict[str, Any]:
             "blamed_rung": None if blamed is None else blamed.name,
             "rungs": [asdict(rung) for rung in ladder.rungs],
             "speed": ladder.speed,
-            "paces": [_pace_data(pace) for pace in ladder.paces],
+            "paces": [pace_data(pace) for pace in ladder.paces],
             "requests": [asdict(each) | {"passes": each.passes} for each in ladder.comparisons],
             "iterations": asdict(ladder.iterations),
             "operators": [asdict(each) for each in ladder.operators],
@@ -127,16 +129,14 @@ def verdict_data(outcome: Outcome) -> dict[str, Any]:
     return finite
 
 
-def _pace_data(pace: Pace) -> dict[str, dict[str, float]]:
-    """Factors of each kind: of all batches together, and of how many most of them are."""
-    return {
-        each.name: {
-            "mean": (factors := getattr(pace, each.name)).mean,
-            "p10": factors.quantile(0.1),
-            "p90": factors.quantile(0.9),
-        }
-        for each in fields(pace)
-    }
+def pace_data(pace: Pace) -> dict[str, dict[str, float]]:
+    """Factors by ``BOUNDS``: of all batches together, and between which eight in ten lie."""
+    data = {}
+    for bound, name in enumerate(BOUNDS):
+        factors = pace.of(bound)
+        p10, p90 = np.quantile(factors.values, [0.1, 0.9]).tolist()
+        data[name] = {"mean": factors.mean, "p10": p10, "p90": p90}
+    return data
 
 
 def _finite(value: Any) -> Any:

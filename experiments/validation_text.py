@@ -11,8 +11,8 @@ from experiments.live import describe_runtime
 from experiments.rungs import Ladder, signed
 from experiments.tables import print_table
 from experiments.text import percent, seconds
-from experiments.validation_files import Outcome
-from sim.paced import Pace
+from experiments.validation_files import Outcome, pace_data
+from sim.paced import BOUNDS, Pace
 
 _DISTURBED = 0.01  # share of a live run without a core from which it is worth saying
 _NUMBERS = (
@@ -91,10 +91,11 @@ def _of_ladder(ladder: Ladder) -> str:
 
 def _pace(stage: int, pace: Pace, stages: int) -> str:
     where = f" in stage {stage}" if stages > 1 else ""
-    kinds = zip(("decodes", "short chunks", "long chunks"), pace.kinds, strict=True)
+    names = ("decodes", "with chunks", "bound by attention")
+    data = pace_data(pace)
     factors = ", ".join(
-        f"{name} {each.mean:.2f} ({each.quantile(0.1):.2f} … {each.quantile(0.9):.2f})"
-        for name, each in kinds
+        f"{name} {data[bound]['mean']:.2f} ({data[bound]['p10']:.2f} … {data[bound]['p90']:.2f})"
+        for name, bound in zip(names, BOUNDS, strict=True)
     )
     return f"batches{where} took, of what is predicted (eight in ten within): {factors}"
 

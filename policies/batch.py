@@ -34,11 +34,12 @@ class Load:
         num_decodes: of them, decodes.
         decode_context: tokens the decodes attend to in their KV caches, at the batch's first step.
         attention_s: predicted attention time over all layers, seconds; merges between groups included.
-        decode_attention_s: of it, that of the decodes.
+        decode_attention_s, chunk_attention_s: of it, those of the decodes and of the chunks.
     """
 
     __slots__ = (
         "attention_s",
+        "chunk_attention_s",
         "decode_attention_s",
         "decode_context",
         "num_chunks",
@@ -57,6 +58,7 @@ class Load:
         self.decode_context = 0
         self.attention_s = 0.0
         self.decode_attention_s = 0.0
+        self.chunk_attention_s = 0.0
 
     def count_chunk(self, tokens: int, rows: int, attention_s: float) -> None:
         """Add a chunk, ``rows`` of whose tokens reach the LM head here."""
@@ -65,6 +67,7 @@ class Load:
         self.requests += 1
         self.num_chunks += 1
         self.attention_s += attention_s
+        self.chunk_attention_s += attention_s
 
     def count_decodes(self, decodes: int, rows: int, context: int, attention_s: float) -> None:
         """Add ``decodes`` decodes that attend to ``context`` cached tokens here."""

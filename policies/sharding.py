@@ -111,8 +111,8 @@ class SlowestGroup:
             self.attend(load, shards_of)
 
     def attend(self, load: Load, shards_of: list[int]) -> None:
-        """Add the attention of the decodes that ``load`` has counted, and their merge if some of them are
-        spread over so many shards."""
+        """Add the attention of the decodes that ``load`` has counted, and their merge; ``shards_of`` has the
+        number of shards of each decode that is spread over several."""
         if load.num_decodes:
             attention_s = self.decode_attention_s(load.num_decodes, load.decode_context)
             load.decode_attention_s = attention_s + self.merge_decodes_s(shards_of)

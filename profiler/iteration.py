@@ -74,7 +74,7 @@ class IterationModel:
         host_is_unknown: nobody has said what the host takes, so it counts as nothing.
         serving: what iterations take in a running engine beyond that and their operators.
         idle_s: what one takes more than ``tokens_s`` says if there was nothing to do before it.
-        turnaround: what the host does in a later stage between two batches.
+        stage_gap: what a later stage does between two batches; nothing if ``host`` is given.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class IterationModel:
         self.host_is_unknown = host is None and kernels.host is None
         self.serving = kernels.serving or ServingOverhead()
         self.idle_s = self.serving.idle_s
-        self.turnaround = kernels.turnaround or HostOverhead()
+        self.stage_gap = (kernels.stage_gap if host is None else None) or HostOverhead()
         self._limits = {
             "max_batch_tokens": max_batch_tokens,
             "max_batch_requests": max_batch_requests,
@@ -167,12 +167,14 @@ class IterationModel:
         kernels = self.kernels.perturbed(factors)
         host = None if self.host_is_unknown else self.host
         graphs = self._graph_tokens
-        return type(self)(self.model, kernels, self.parallel, host=host, graph_tokens=graphs, **self._limits)
+        other = type(self)(self.model, kernels, self.parallel, host=host, graph_tokens=graphs, **self._limits)
+        other.stage_gap = self.stage_gap
+        return other
 
     def with_host(self, host: HostOverhead) -> IterationModel:
         """The same with another host."""
         other = copy(self)
-        other.host, other.host_is_unknown = host, False
+        other.host, other.host_is_unknown, other.stage_gap = host, False, HostOverhead()
         other._compile_overheads(len(self._overhead_table) - 1)
         return other
 
@@ -204,9 +206,9 @@ class IterationModel:
         """Seconds to hand the activations of ``tokens`` tokens to ``stage`` from the one before it."""
         return self._handover_lines[self._handed_between_nodes[stage]].at(tokens) + self.host.stage_s
 
-    def turnaround_s(self, tokens: int, requests: int) -> float:
+    def stage_gap_s(self, tokens: int, requests: int) -> float:
         """Seconds from when a later stage is free until it can begin a batch that is there."""
-        return self.turnaround.batch_s(tokens, requests)
+        return self.stage_gap.batch_s(tokens, requests)
 
     @property
     def handovers_host_s(self) -> float:

@@ -46,7 +46,7 @@ class Kernels(Protocol):
         host: measured host overhead; None if it wasn't measured.
         layer: what whole layers take beyond their operators; None if it wasn't measured.
         serving: what iterations take in a running engine beyond both; None if it wasn't measured.
-        turnaround: host time of a later pipeline stage between two batches; None if it wasn't measured.
+        stage_gap: what a later pipeline stage takes between two batches; None if it wasn't measured.
         kinds: the operators that were measured.
         attention_includes_kv_write: whether the attention that was measured stored the keys as well.
         steps_may_fall: whether a batch of more tokens may take less; else that counts as noise.
@@ -58,7 +58,7 @@ class Kernels(Protocol):
     host: HostOverhead | None
     layer: LayerCorrection | None
     serving: ServingOverhead | None
-    turnaround: HostOverhead | None
+    stage_gap: HostOverhead | None
     kinds: frozenset[str]
     attention_includes_kv_write: bool
     steps_may_fall: bool

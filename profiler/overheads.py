@@ -42,9 +42,9 @@ class HostOverhead:
         fixed_s = self.base_s + self.ranks_s * (ranks > 1)
         return fixed_s + requests * self.per_request_s + math.sqrt(requests) * self.root_s
 
-    def batch_s(self, tokens: int, requests: int, ranks: int = 1) -> float:
-        """Seconds of any iteration: one of more tokens than requests has a chunk."""
-        decodes_s = self.decodes_s(requests, ranks)
+    def batch_s(self, tokens: int, requests: int) -> float:
+        """Seconds of any iteration of one rank: one of more tokens than requests has a chunk."""
+        decodes_s = self.decodes_s(requests)
         if tokens <= requests:
             return decodes_s
         return decodes_s + self.prefill_s + (tokens - requests) * self.per_prefill_token_s

@@ -48,7 +48,7 @@ class Predictor:
     """Fitted operators of one profile, keyed `<operator>_<dtype>`.
 
     `residuals` holds, for each, the 5th, 50th and 95th percentile of log(measured ÷ predicted) over
-    held-out rows: the stuff of prediction intervals. `host`, `layer`, `serving` and `turnaround` are there if
+    held-out rows: the stuff of prediction intervals. `host`, `layer`, `serving` and `stage_gap` are there if
     they were measured.
     """
 
@@ -57,7 +57,7 @@ class Predictor:
     host: HostOverhead | None = None
     layer: LayerCorrection | None = None
     serving: ServingOverhead | None = None
-    turnaround: HostOverhead | None = None
+    stage_gap: HostOverhead | None = None
 
 
 def save_predictor(path: Path, profile: Profile, device: DeviceSpec, predictor: Predictor) -> None:
@@ -69,7 +69,7 @@ def save_predictor(path: Path, profile: Profile, device: DeviceSpec, predictor: 
         "tables": {info.key: info.sha256 for info in profile.tables},
         "operators": {},
     }
-    for name, host in (("host", predictor.host), ("turnaround", predictor.turnaround)):
+    for name, host in (("host", predictor.host), ("stage_gap", predictor.stage_gap)):
         if host is not None:
             header[name] = {rate: getattr(host, rate) for rate in HOST_RATES}
     if predictor.layer is not None:
@@ -141,7 +141,7 @@ def load_predictor(profile: Profile, device: DeviceSpec, path: Path | None = Non
         host=_host(fields, "host", path),
         layer=_layer(fields, path),
         serving=_serving(fields, path),
-        turnaround=_host(fields, "turnaround", path),
+        stage_gap=_host(fields, "stage_gap", path),
     )
 
 

@@ -52,7 +52,7 @@ class RooflineKernels:
         self.host: HostOverhead | None = None
         self.layer: LayerCorrection | None = None
         self.serving: ServingOverhead | None = None
-        self.turnaround: HostOverhead | None = None
+        self.stage_gap: HostOverhead | None = None
         self.kinds: frozenset[str] = frozenset()
         self.attention_includes_kv_write = False
         self.steps_may_fall = False

@@ -27,7 +27,7 @@ Columns, besides `time_s` (seconds a call) and optionally `spread_s` (between re
     host                requests, chunk_tokens, ranks          (host time of an iteration of so many requests)
     iteration           requests, chunk_tokens, context_tokens, decode_context_tokens, idle, ranks
                                 (all of it, in the running engine; idle: it had nothing to do before)
-    turnaround          requests, chunk_tokens                 (of a later stage: the end of a batch to the
+    stage_gap          requests, chunk_tokens                 (of a later stage: the end of a batch to the
                                                                beginning of the next, which was waiting)
 """
 
@@ -134,11 +134,11 @@ COLUMNS: dict[str, dict[str, str]] = {  # operator -> file column -> name in for
         "idle": "idle",
         "ranks": "ranks",
     },
-    "turnaround": {"requests": "requests", "chunk_tokens": "chunk"},
+    "stage_gap": {"requests": "requests", "chunk_tokens": "chunk"},
 }
 _MAY_BE_ZERO = {
     "host": ("chunk_tokens",),
-    "turnaround": ("chunk_tokens",),
+    "stage_gap": ("chunk_tokens",),
     "iteration": ("chunk_tokens", "context_tokens", "decode_context_tokens", "idle"),
     "prefill_attention": ("context_tokens",),
     "layer": ("chunk_tokens", "context_tokens", "decodes", "decode_context_tokens"),

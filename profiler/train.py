@@ -74,7 +74,11 @@ def train(
     """
     if folds < 2:
         raise InputError(f"folds: must be at least 2, not {folds}")
-    # The order of sums goes by the number of threads, and with it the last digits of what is written.
+    # The order of sums goes by the number of threads, and with it the last digits of what is written. Only
+    # libraries that are loaded are limited: scipy brings one of its own.
+    import scipy.linalg
+    import scipy.optimize  # noqa: F401
+
     with threadpool_limits(limits=1):
         return _train(profile_dir, out, device, folds, tables, max_rows, compare, save)
 
@@ -131,7 +135,7 @@ def _train(
         skewed=whole.skewed,
         host=whole.host,
         iterations=whole.iterations,
-        turnaround=whole.turnaround,
+        stage_gap=whole.stage_gap,
         predictor_path=path,
         saved=save,
         dropped=dropped,
@@ -152,13 +156,13 @@ class _Whole:
     ) -> None:
         by_operator = {info.operator: (info, table) for info, table in found}
         self.predictor = predictor
-        self.layer = self.skewed = self.host = self.iterations = self.turnaround = None
+        self.layer = self.skewed = self.host = self.iterations = self.stage_gap = None
         if "host" in by_operator:
             self.host = judge_host(by_operator["host"][1], folds)
             self.predictor = replace(predictor, host=self.host[1])
-        if "turnaround" in by_operator:
-            self.turnaround = judge_host(by_operator["turnaround"][1], folds)
-            self.predictor = replace(self.predictor, turnaround=self.turnaround[1])
+        if "stage_gap" in by_operator:
+            self.stage_gap = judge_host(by_operator["stage_gap"][1], folds)
+            self.predictor = replace(self.predictor, stage_gap=self.stage_gap[1])
         # Each is judged with what those before it have added.
         for operator in ("skewed_decode", "layer", "iteration"):
             if operator not in by_operator:

@@ -44,7 +44,7 @@ class TrainReport:
     skewed: Errors | None
     host: tuple[Errors, HostOverhead] | None
     iterations: IterationReport | None
-    turnaround: tuple[Errors, HostOverhead] | None
+    stage_gap: tuple[Errors, HostOverhead] | None
     predictor_path: Path
     saved: bool
     dropped: dict[str, int]  # rows that the importer left out, by reason
@@ -115,8 +115,8 @@ class TrainReport:
             )
         if self.iterations is not None:
             lines += self.iterations.lines()
-        if self.turnaround is not None:
-            errors, host = self.turnaround
+        if self.stage_gap is not None:
+            errors, host = self.stage_gap
             lines.append(
                 f"a later stage between two batches ({errors.rows}): {1e6 * host.base_s:.0f} µs, "
                 f"{1e6 * host.per_request_s:.1f} a request and {1e6 * host.root_s:.0f} · √requests, "

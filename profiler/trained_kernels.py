@@ -73,7 +73,7 @@ class TrainedKernels(RooflineKernels):
                 low, _, high = predictor.residuals[key]
                 self._intervals[operator] = (low, high)
         self.host, self.layer, self.serving = predictor.host, predictor.layer, predictor.serving
-        self.turnaround = predictor.turnaround
+        self.stage_gap = predictor.stage_gap
         self.kinds = frozenset(self._models)
         # Published benchmarks of attention store the new keys in the same call.
         self.attention_includes_kv_write = source == "imported" and {

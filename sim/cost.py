@@ -30,8 +30,9 @@ class IterationCost(CostModel, Protocol):
         """Seconds to hand the activations of ``tokens`` tokens to ``stage`` from the one before it."""
         ...
 
-    def turnaround_s(self, tokens: int, requests: int) -> float:
-        """Seconds from when a later stage is free until it can begin a batch that is there."""
+    def stage_gap_s(self, tokens: int, requests: int) -> float:
+        """Seconds from when a later stage is free until it can begin a batch that is there, of so many tokens
+        and requests in one KVP group."""
         ...
 
     def decode_run(self, decodes: int, total_context: int, steps: int, joint_s: float = 0.0) -> DecodeRun:

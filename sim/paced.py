@@ -7,9 +7,11 @@ waited for, and the stages of a pipeline wait for each other.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from random import Random
 from typing import Any
 
@@ -37,19 +39,17 @@ class Factors:
         taken_s = sum(v * p for v, p in zip(self.values, self.predicted_s, strict=True))
         return taken_s / sum(self.predicted_s)
 
-    def quantile(self, share: float) -> float:
-        """The factor below which ``share`` of the batches lie."""
-        return sorted(self.values)[min(int(share * len(self.values)), len(self.values) - 1)]
-
     def drawn(self, random: Random) -> Iterator[float]:
-        """Factors for batches to come, without end: runs of them from random places (a block bootstrap). All
-        are scaled alike, so that what batches take together stays as it was."""
+        """Factors for batches to come, without end: runs of them, each as likely as what was predicted for it
+        is long, so that what batches take together stays about as it was (a weighted block bootstrap)."""
         count = len(self.values)
-        scale = self.mean / (sum(self.values) / count)
+        length = max(min(RUN, count // 5), 1)
+        sums_s = [0.0, *accumulate([*self.predicted_s, *self.predicted_s[:length]])]
+        until_s = list(accumulate(sums_s[first + length] - sums_s[first] for first in range(count)))
         while True:
-            first = random.randrange(count)
-            for place in range(first, first + min(RUN, count)):
-                yield scale * self.values[place % count]
+            first = min(bisect_right(until_s, random.random() * until_s[-1]), count - 1)
+            for place in range(first, first + length):
+                yield self.values[place % count]
 
 
 _AS_PREDICTED = Factors()
@@ -57,42 +57,49 @@ _AS_PREDICTED = Factors()
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How many times what is predicted for it a batch takes in a stage, by the work it is (see
-    :func:`work_of`): decodes alone, chunks behind a short context, chunks behind a long one."""
+    """How many times what is predicted for it a batch takes in a stage, by what it is bound by; see
+    :func:`bound_of`."""
 
     decode: Factors = _AS_PREDICTED
-    short: Factors = _AS_PREDICTED
-    long: Factors = _AS_PREDICTED
+    linear: Factors = _AS_PREDICTED
+    attention: Factors = _AS_PREDICTED
 
-    @property
-    def kinds(self) -> tuple[Factors, ...]:
-        """By the number that :func:`work_of` gives."""
-        return self.decode, self.short, self.long
+    def of(self, bound: int) -> Factors:
+        """Those of batches of which :func:`bound_of` says so."""
+        return (self.decode, self.linear, self.attention)[bound]
 
 
-def work_of(loads: Sequence[Load], cost: CostModel) -> int:
-    """What a batch is bound by, on a device as in a cache: 0, decodes alone, which read; 1, chunks whose
-    attention takes less than all else, which multiply by weights; 2, chunks whose attention takes more."""
+BOUNDS = ("decode", "linear", "attention")
+
+
+def bound_of(loads: Sequence[Load], cost: CostModel) -> int:
+    """What a batch is bound by, as a place in ``BOUNDS``: decodes alone, which read weights and KV caches;
+    all but attention, in batches with chunks; or attention of chunks, if that takes longer in some KVP
+    group."""
     if not any(load.num_chunks for load in loads):
         return 0
     for load in loads:
-        chunks_s = load.attention_s - load.decode_attention_s
-        if load.num_chunks and chunks_s > cost.tokens_s(load.tokens, load.rows, load.requests):
+        if load.chunk_attention_s > cost.tokens_s(load.tokens, load.rows, load.requests):
             return 2
     return 1
 
 
 def simulate_paced(workload: Workload, setup: Setup, paces: Sequence[Pace], seed: int = 0) -> RunRecords:
-    """Simulate ``workload`` at a pace for each stage; what lies between stages is as predicted."""
+    """Simulate ``workload`` at a pace for each stage; what lies between stages is as predicted.
+
+    Args:
+        paces: of each stage.
+        seed: of the draws.
+    """
     replica = partial(_PacedReplica, paces=paces, random=Random(seed))
     return Cluster(workload, setup, step_by_step=True, replica=replica).run()
 
 
 class _PacedReplica(Replica):
     def __init__(self, *arguments: Any, paces: Sequence[Pace], random: Random, **options: Any) -> None:
-        self._drawn = [[factors.drawn(random) for factors in pace.kinds] for pace in paces]
+        self._drawn = [[pace.of(bound).drawn(random) for bound in range(len(BOUNDS))] for pace in paces]
         super().__init__(*arguments, **options)
 
     def stage_s(self, batch: Batch, stage: int) -> float:
-        factors = self._drawn[stage][work_of(batch.loads, self.cost)]
+        factors = self._drawn[stage][bound_of(batch.loads, self.cost)]
         return next(factors) * super().stage_s(batch, stage)

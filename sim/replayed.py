@@ -136,7 +136,7 @@ class _Expected:
 
 
 class _ReplayedReplica(Replica):
-    """A replica whose stages end when the record says; hand-overs are part of that."""
+    """A replica whose stages end when the record says; hand-overs and getting ready are part of that."""
 
     def __init__(self, *arguments: Any, expected: _Expected, **options: Any) -> None:
         self._expected = expected
@@ -150,7 +150,7 @@ class _ReplayedReplica(Replica):
     def handover_s(self, batch: Batch, stage: int) -> float:
         return 0.0
 
-    def turnaround_s(self, batch: Batch) -> float:
+    def stage_gap_s(self, batch: Batch) -> float:
         return 0.0
 
 

@@ -195,8 +195,8 @@ class Replica:
         env, free_s = self.env, 0.0
         while True:
             batch = yield self._inboxes[stage].get()
-            # The host gets ready for a batch as soon as it knows of it and has no other.
-            ready_s = max(free_s, batch.formed_s) + self.turnaround_s(batch)
+            # A stage gets ready for a batch as soon as it knows of it and has no other.
+            ready_s = max(free_s, batch.formed_s) + self.stage_gap_s(batch)
             if ready_s > env.now:
                 yield env.timeout(ready_s - env.now)
             start_s = env.now
@@ -230,11 +230,9 @@ class Replica:
         """Seconds to hand the activations of ``batch`` to ``stage``, where nothing else moves."""
         return self.cost.handover_s(max(load.tokens for load in batch.loads), stage)
 
-    def turnaround_s(self, batch: Batch) -> float:
-        """Seconds of the host's work in a later stage before it can begin ``batch``."""
-        return max(
-            self.cost.turnaround_s(load.tokens, load.requests) for load in batch.loads if load.requests
-        )
+    def stage_gap_s(self, batch: Batch) -> float:
+        """Seconds that a later stage needs to get ready for ``batch``."""
+        return max(self.cost.stage_gap_s(load.tokens, load.requests) for load in batch.loads if load.requests)
 
     # -- bookkeeping ------------------------------------------------------------------------------------
 

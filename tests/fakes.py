@@ -12,7 +12,7 @@ class LinearCost:
 
     Times are split evenly over ``stages``; a hand-over takes ``handover_s``. Merging what KVP groups found
     takes ``merge_s`` a token and group beyond the first. After a pause ``idle_s`` are added. Later stages
-    take ``turnaround_s`` between two batches.
+    take ``stage_gap_s`` between two batches.
     """
 
     def __init__(
@@ -26,13 +26,13 @@ class LinearCost:
         handover_s: float = 0.0,
         merge_s: float = 0.0,
         idle_s: float = 0.0,
-        turnaround_s: float = 0.0,
+        stage_gap_s: float = 0.0,
     ) -> None:
         self.base_s, self.token_s, self.pair_s, self.context_s = base_s, token_s, pair_s, context_s
         self.stage_layers = (1,) * stages
         self._handover_s = handover_s
         self._merge_s = merge_s
-        self._turnaround_s = turnaround_s
+        self._stage_gap_s = stage_gap_s
         self.idle_s = idle_s
 
     def tokens_s(self, tokens: int, rows: int, requests: int) -> float:
@@ -58,8 +58,8 @@ class LinearCost:
     def handover_s(self, tokens: int, stage: int = 1) -> float:
         return self._handover_s
 
-    def turnaround_s(self, tokens: int, requests: int) -> float:
-        return self._turnaround_s
+    def stage_gap_s(self, tokens: int, requests: int) -> float:
+        return self._stage_gap_s
 
     def decode_run(self, decodes: int, total_context: int, steps: int, joint_s: float = 0.0) -> DecodeRun:
         line = Polyline(np.array([0.0, 1.0]), np.array([0.0, self.context_s]))

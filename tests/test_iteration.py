@@ -183,11 +183,13 @@ class Measured(RooflineKernels):
         includes_kv_write: bool = False,
         share: float = 0.1,
         serving: ServingOverhead | None = None,
+        stage_gap: HostOverhead | None = None,
     ) -> None:
         super().__init__(H100)
         self.host = HostOverhead(2e-4, 3e-6, source="measured")
         self.layer = LayerCorrection(1e-6, share)
         self.serving = serving
+        self.stage_gap = stage_gap
         self.kinds = frozenset({"rope_angles"})
         self.attention_includes_kv_write = includes_kv_write
 
@@ -253,6 +255,22 @@ def test_a_running_engine_adds_what_was_measured_there() -> None:
         rows = {row.name: row for row in served.explain([(64, 0)], 2, 300)}
         assert rows["serving overhead"].time_s == pytest.approx(5.9e-4 + tp_s)
         assert (plain.idle_s, served.idle_s) == (0.0, 5e-4)
+
+
+def test_what_a_later_stage_takes_between_batches() -> None:
+    """By hand: 300 µs, 50 a request, twice the root of their number; with a chunk 200 more and 1 a token."""
+    gap = HostOverhead(3e-4, 5e-5, 1e-4, prefill_s=2e-4, per_prefill_token_s=1e-6)
+    served = IterationModel(LLAMA_8B, Measured(stage_gap=gap), ParallelSpec(spp=2))
+    assert served.stage_gap_s(4, 4) == pytest.approx(3e-4 + 4 * 5e-5 + 2 * 1e-4)
+    assert served.stage_gap_s(104, 4) == pytest.approx(7e-4 + 2e-4 + 100 * 1e-6)
+    plain = IterationModel(LLAMA_8B, Measured(), ParallelSpec(spp=2))
+    assert plain.stage_gap_s(104, 4) == 0.0
+    assert served.stage_times_s(104, 4, 4, 0.01) == plain.stage_times_s(104, 4, 4, 0.01)  # no part of a stage
+    assert served.perturbed({"gemm": 1.2}).stage_gap == gap
+    # Who says what the host takes says it of all of it.
+    assert served.with_host(HostOverhead(1e-3)).stage_gap_s(4, 4) == 0.0
+    given = IterationModel(LLAMA_8B, Measured(stage_gap=gap), ParallelSpec(spp=2), host=HostOverhead(1e-3))
+    assert given.stage_gap_s(4, 4) == 0.0
 
 
 def test_a_perturbed_kernel_moves_its_own_rows_alone() -> None:

@@ -145,16 +145,19 @@ def test_whole_iterations_take_longer_than_the_host_and_need_no_queue() -> None:
 
 
 def test_a_later_stage_is_timed_between_batches_that_queue() -> None:
-    """Two batches of so many decodes are in flight, and a bench that had none waiting would say so."""
-    points = [Point.of("turnaround", requests=n, chunk=0) for n in (1, 3)]
+    """Two batches of so many decodes are in flight; a bench in which none waits says so."""
+    points = [Point.of("stage_gap", requests=n, chunk=0) for n in (1, 3)]
     bench = EngineBench(MODEL, CPU, points, parallel_of(points[0]), "cpu", "fp32")
     try:
         one, three = [bench.time(point, 0.05) for point in points]
         assert bench._executor.num_stages == 2
+        bench._serve = lambda point: []  # type: ignore[method-assign]
+        with pytest.raises(InputError, match="no batch of stage_gap requests=1 chunk_tokens=0 that could"):
+            bench.time(points[0], 0.01)
     finally:
         bench.close()
     assert one.samples >= 3 and three.samples >= 3
-    assert 1e-5 < min(one.time_s, three.time_s) < max(one.time_s, three.time_s) < 0.1
+    assert 0.0 < one.time_s < 0.1 and 0.0 < three.time_s < 0.1
 
 
 def test_what_lies_between_stages_by_hand() -> None:
@@ -166,7 +169,7 @@ def test_what_lies_between_stages_by_hand() -> None:
         "end_s": np.array([1.0, 2.0, 3.0, 5.0]),
     }
     records = cast(LiveRecords, SimpleNamespace(batches=batches, host={}))
-    np.testing.assert_array_equal(_times_s("turnaround", records), [np.nan, np.nan, np.nan, 0.5])
+    np.testing.assert_array_equal(_times_s("stage_gap", records), [np.nan, np.nan, np.nan, 0.5])
     np.testing.assert_array_equal(_times_s("iteration", records), [1.0, 1.0, 1.75, 1.5])
 
 

@@ -50,6 +50,17 @@ def test_host_points_have_chunks_and_ranks_that_the_model_can_be_cut_for() -> No
     assert {(p["chunk"], p["ranks"]) for p in quick.candidates()["host"]} == {(0, 1), (64, 1), (256, 1)}
 
 
+def test_a_later_stage_is_timed_where_there_can_be_one() -> None:
+    shapes = {point.shape for point in GRID.candidates()["stage_gap"]}
+    assert {requests for requests, chunk in shapes if not chunk} >= {1, 2, 4, 64}
+    assert {chunk for requests, chunk in shapes if chunk and requests == 1} == {32, 64, 128, 256, 512, 1024}
+    assert all(requests == 1 or not chunk for requests, chunk in shapes)
+    for limits in ({"ranks": ()}, {"is_quick": True}):
+        assert "stage_gap" not in Grid(MODEL, CPU, "fp32", dataclasses.replace(LIMITS, **limits)).candidates()
+    shallow = dataclasses.replace(MODEL, num_layers=1)
+    assert "stage_gap" not in Grid(shallow, CPU, "fp32", LIMITS).candidates()
+
+
 def test_iterations_are_those_of_the_host_and_prompts_that_come_to_an_engine_at_rest() -> None:
     points = GRID.candidates()["iteration"]
     busy = {(p["requests"], p["chunk"], p["ranks"]) for p in points if not p["idle"]}

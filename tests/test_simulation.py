@@ -322,10 +322,10 @@ def test_a_pipeline_is_at_rest_when_its_last_stage_is() -> None:
 
 
 def test_a_later_stage_gets_ready_while_the_one_before_computes() -> None:
-    """Stages of a second. A turnaround of half a second is hidden from a lone prompt; of a prompt in three
+    """Stages of a second. A stage_gap of half a second is hidden from a lone prompt; of a prompt in three
     chunks the second and third begin half a second after the one before is through."""
-    for turnaround_s, lone_s, chunks_s in ((0.0, 3.0, 12.0), (0.5, 3.0, 13.0), (1.5, 3.5, 15.5)):
-        cost = LinearCost(base_s=2.0, stages=2, turnaround_s=turnaround_s)
+    for stage_gap_s, lone_s, chunks_s in ((0.0, 3.0, 12.0), (0.5, 3.0, 13.0), (1.5, 3.5, 15.5)):
+        cost = LinearCost(base_s=2.0, stages=2, stage_gap_s=stage_gap_s)
         settings = SchedulerSettings(chunk_tokens=100)
         work = workload([1.0, 8.0], [100, 300], [1, 1])
         records = simulate(work, Setup(cost, 10_000, settings))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
 
+from profiler.formulas import make_physics
 from profiler.operators import OperatorModel
+from profiler.physics import Physics
 from profiler.predictor import load_predictor
 from profiler.roofline import AllReduce, DecodeAttention
 from profiler.tables import (
@@ -116,6 +120,22 @@ def test_training_twice_writes_the_same_bytes(tmp_path: Path) -> None:
     train(profile.path, out=first)
     train(profile.path, out=second)
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_every_library_learns_on_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums in another order differ in their last digits; numpy and scipy each bring a library."""
+    threads: list[list[int]] = []
+
+    def noting(*arguments: Any) -> Physics:
+        import scipy.linalg  # noqa: F401
+
+        threads.append([each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"])
+        return make_physics(*arguments)
+
+    monkeypatch.setattr("profiler.train.make_physics", noting)
+    with threadpool_limits(limits=2):
+        train(synthetic_profile(tmp_path / "one", noise=0.05).path, save=False)
+    assert threads and all(set(each) == {1} for each in threads)
 
 
 def test_far_away_only_physics_is_left() -> None:

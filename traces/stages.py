@@ -37,7 +37,8 @@ class StageStarts:
 
     @property
     def waited_s(self) -> FloatArray:
-        """How much later each began. Clocks are read in several processes: it may be a little negative."""
+        """How much later each began. It may be negative: ends are as the engine heard of them, which has no
+        core of its own, and a beginning is the end less what a rank says it took."""
         return self.start_s - self.possible_s
 
 

@@ -238,7 +238,7 @@ OPERATORS = (
     "layer",
     "host",
     "iteration",
-    "turnaround",
+    "stage_gap",
 )
 
 

@@ -6,8 +6,9 @@ is part of what the host's work takes. A batch's time less what the layers, the 
 is the host's. The other way round the host's work pushes the layers' code and data out of the caches: a whole
 iteration is longer than its operators, timed in loops.
 
-In a pipeline the host of a later stage reports, fetches the next plan and prepares its inputs. While the
-stage before computes that is hidden; between two batches, the second of which was waiting, it is not.
+In a pipeline the host of a later stage reports, fetches the next plan, prepares its inputs and takes the
+activations in. While the stage before computes that is hidden; between two batches, the second of which was
+waiting, it is not.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from policies.scheduler import SchedulerSettings
 from profiler.iteration import IterationModel
 from profiler.measure.points import Point
-from profiler.measure.serving_batches import PROMPT_TOKENS, STEPS, lone_prompts, workload_of
+from profiler.measure.serving_batches import PROMPT_TOKENS, STAGES, STEPS, lone_prompts, workload_of
 from profiler.measure.timing import CORE, PATIENCE, PATIENCE_S, Samples
 from profiler.roofline_kernels import RooflineKernels
 from profiler.whole_layers import MOST_LAYERS
@@ -41,8 +42,7 @@ from traces.synthesis import ClosedLoop
 
 BLOCK_TOKENS = 16
 RUNS = 6
-ENGINE_OPERATORS = ("host", "iteration", "turnaround")
-STAGES = 2  # of the pipeline in which a later stage's host is timed
+ENGINE_OPERATORS = ("host", "iteration", "stage_gap")
 IDLE_S = 0.05  # that the engine has nothing to do before an iteration that is to find it so
 
 
@@ -88,7 +88,7 @@ class EngineBench:
         part of it, all of it, or what a later stage takes between two of them.
 
         Raises:
-            InputError: the engine made no such batch, or none of them waited for the later stage.
+            InputError: the engine made no such batch, or none that waited for the later stage.
         """
         times: list[float] = []
         disturbed: list[float] = []
@@ -99,11 +99,15 @@ class EngineBench:
             quiet = CORE.is_quiet()
             found = self._serve(point)
             (times if quiet and CORE.is_quiet() else disturbed).extend(found)
-        times = times or sorted(disturbed)[: max(len(disturbed) // 2, 1)]
         if not times:
-            raise InputError(f"{point}: no batch to be timed")
+            # A gap ends when the next batch begins: heard of late, the one before makes it too short.
+            is_gap = point.operator == "stage_gap"
+            times = disturbed if is_gap else sorted(disturbed)[: max(len(disturbed) // 2, 1)]
+        found_s = float(median(times)) if times else 0.0
+        if found_s <= 0.0:
+            raise InputError(f"no batch of {point} that could be timed")
         low, high = np.quantile(times, [0.25, 0.75])
-        return Samples(float(median(times)), float(high - low) / 2, len(times))
+        return Samples(found_s, float(high - low) / 2, len(times))
 
     def close(self) -> None:
         """End the ranks."""
@@ -149,7 +153,7 @@ class EngineBench:
 
 def parallel_of(point: Point) -> ParallelSpec:
     """How the model is split that an engine serves to time ``point``."""
-    return ParallelSpec(spp=STAGES) if point.operator == "turnaround" else ParallelSpec(tp=point["ranks"])
+    return ParallelSpec(spp=STAGES) if point.operator == "stage_gap" else ParallelSpec(tp=point["ranks"])
 
 
 def _times_s(operator: str, records: LiveRecords) -> NDArray[np.float64]:

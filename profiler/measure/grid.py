@@ -11,7 +11,8 @@ import numpy as np
 from profiler.estimate import FloatArray
 from profiler.formulas import make_physics
 from profiler.measure.points import Point
-from profiler.measure.serving_batches import contexts_of
+from profiler.measure.serving_batches import STAGES, contexts_of
+from profiler.measure.session import FIRST
 from profiler.tables import COLUMNS
 from profiler.work import (
     activation_bytes,
@@ -47,7 +48,7 @@ _COARSE = {
     "send_recv": 20,
     "host": 24,
     "iteration": 56,
-    "turnaround": 18,
+    "stage_gap": 18,
 }
 MERGE_SHARDS = (2, 3, 4, 8)
 HOST_CHUNKS = (0, 64, 256, 1024)  # tokens of the chunk in a batch whose host time is taken
@@ -118,7 +119,7 @@ class Grid:
                 point for point in self._anchors() if point in set(self._candidates["prefill_attention"])
             ]
             rest = [point for point in grids["prefill_attention"] if point not in set(anchors)]
-            grids["prefill_attention"] = anchors + rest
+            grids["prefill_attention"] = rest[:FIRST] + anchors + rest[FIRST:]
         return grids
 
     def _feasible(self, operator: str) -> list[Point]:
@@ -141,7 +142,7 @@ class Grid:
             "layer": self._layer,
             "host": self._host,
             "iteration": self._iteration,
-            "turnaround": self._turnaround,
+            "stage_gap": self._stage_gap,
         }
         if operator in makers:
             return makers[operator]()
@@ -263,13 +264,13 @@ class Grid:
                 behind, decoded = contexts_of(requests, chunk, is_idle=bool(idle))
                 yield Point("iteration", (requests, chunk, behind, decoded, idle, ranks))
 
-    def _turnaround(self) -> Iterable[Point]:
-        """The same of a later stage, where there can be one: decodes alone, and a chunk alone."""
-        if 2 in self.limits.ranks and self.model.num_layers > 1 and not self.limits.is_quick:
+    def _stage_gap(self) -> Iterable[Point]:
+        """Decodes alone, and a chunk alone, where there can be a later stage."""
+        if STAGES in self.limits.ranks and self.model.num_layers > 1 and not self.limits.is_quick:
             for requests in _steps(1, self.limits.decodes, 2):
-                yield Point("turnaround", (requests, 0))
+                yield Point("stage_gap", (requests, 0))
             for chunk in _steps(32, max(HOST_CHUNKS), 1):
-                yield Point("turnaround", (1, chunk))
+                yield Point("stage_gap", (1, chunk))
 
     def _collective(self, operator: str) -> Iterable[Point]:
         largest = self.limits.tokens * self.model.hidden_size * self.element

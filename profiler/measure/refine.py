@@ -25,7 +25,7 @@ _WITHOUT_MODEL = (
     "layer",
     "host",
     "iteration",
-    "turnaround",
+    "stage_gap",
     "skewed_decode",
 )  # held against the others, not fitted themselves
 

@@ -8,6 +8,7 @@ from traces.workload import Workload
 
 PROMPT_TOKENS = 32  # of requests that decode
 CHUNKS = 4  # of each prompt that is taken in beside them
+STAGES = 2  # of the pipeline in which the gap between a later stage's batches is timed
 STEPS = 16  # of a run; where the machine is disturbed in one, none of them counts
 
 

@@ -116,7 +116,7 @@ def interleave(grids: Mapping[str, Sequence[Point]]) -> list[Point]:
     """The grids of several operators as one: after the first few points of each, each has had about an equal
     share at any moment."""
     ranked = [
-        (rank >= FIRST, (rank + 1) / len(points), operator, point)
+        (min(rank, FIRST), (rank + 1) / len(points) if rank >= FIRST else 0.0, operator, point)
         for operator, points in grids.items()
         for rank, point in enumerate(points)
     ]
