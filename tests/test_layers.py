@@ -101,6 +101,7 @@ def test_base_rooms_import_only_what_is_installed_with_them() -> None:
             "jinja2",
             "joblib",
             "psutil",
+            "threadpoolctl",
             "pyarrow",
         ),
     }
