@@ -361,8 +361,8 @@ def test_the_quick_profile_is_usable(tmp_path: Path, capsys: pytest.CaptureFixtu
 
     On a machine that others use too, a session's points can differ from themselves a minute later by more
     than a fair error, and from each other by as much. So where the first session isn't fair, a second one is
-    held against it: the better of the two has to be fair, or no worse than what the same points differ by from
-    session to session, or to have taken half of its error off the roofline.
+    held against it: the better of the two has to be fair, or no worse than what the same points differ by
+    from session to session, or to have taken half of its error off the roofline.
     """
     out = tmp_path / "quick"
     errors, roofline = quick_profile(out)
