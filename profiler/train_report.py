@@ -107,23 +107,23 @@ class TrainReport:
             lines.append(f"decodes of very different contexts ({self.skewed.rows}): {self.skewed}")
         if self.host is not None:
             errors, host = self.host
-            lines.append(
-                f"host ({errors.rows}): {1e6 * host.base_s:.0f} µs an iteration, "
-                f"{1e6 * host.per_request_s:.1f} a request and {1e6 * host.root_s:.0f} · √requests, "
-                f"{1e6 * host.prefill_s:.0f} and {1e6 * host.per_prefill_token_s:.2f} a token if there is a "
-                f"chunk, {1e6 * host.ranks_s:.0f} for messages to several ranks, held out {errors}"
-            )
+            messages = f", {1e6 * host.ranks_s:.0f} for messages to several ranks"
+            lines.append(f"host ({errors.rows}): {_rates(host)}{messages}, held out {errors}")
         if self.iterations is not None:
             lines += self.iterations.lines()
         if self.stage_gap is not None:
-            errors, host = self.stage_gap
-            lines.append(
-                f"a later stage between two batches ({errors.rows}): {1e6 * host.base_s:.0f} µs, "
-                f"{1e6 * host.per_request_s:.1f} a request and {1e6 * host.root_s:.0f} · √requests, "
-                f"{1e6 * host.prefill_s:.0f} and {1e6 * host.per_prefill_token_s:.2f} a token if there is a "
-                f"chunk, held out {errors}"
-            )
+            errors, gap = self.stage_gap
+            lines.append(f"a later stage between batches ({errors.rows}): {_rates(gap)}, held out {errors}")
         return [*lines, ""] if lines else []
+
+
+def _rates(host: HostOverhead) -> str:
+    """What one rank takes for a batch, in µs."""
+    return (
+        f"{1e6 * host.base_s:.0f} µs an iteration, {1e6 * host.per_request_s:.1f} a request and "
+        f"{1e6 * host.root_s:.0f} · √requests, {1e6 * host.prefill_s:.0f} and "
+        f"{1e6 * host.per_prefill_token_s:.2f} a token if there is a chunk"
+    )
 
 
 def _line(*cells: str) -> str:
