@@ -10,10 +10,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from specs.errors import InputError
 
 _MARKS = ("config.yaml", "summary.json")  # by these a folder is known as a run's
+_handlers: list[Any] = []  # of Ctrl-C, set aside while something is written
 
 
 def choose_folder(out: str | None, name: str, *, force: bool) -> Path:
@@ -65,6 +67,21 @@ def _uninterrupted() -> Iterator[None]:
         yield
         return
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _handlers.append(before)
+    try:
+        yield
+    finally:
+        _handlers.pop()
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let Ctrl-C through inside :func:`writing`, while what is to be written is still being made."""
+    if not _handlers or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, _handlers[-1])
     try:
         yield
     finally:

@@ -12,7 +12,7 @@ from experiments.engine_replay import print_replay, replay_engine, write_replay
 from experiments.live import live_setup, serve_live
 from experiments.live_records import LiveRun, find_live_runs, read_live_run
 from experiments.measured import find_requests, read_measured
-from experiments.output import choose_folder, writing
+from experiments.output import choose_folder, interruptible, writing
 from experiments.run import summarize_run
 from experiments.rungs import Ladder, climb, whole, with_capacity_of
 from experiments.terminal import progress_bar
@@ -118,12 +118,13 @@ def _validate_case(prepared: _Prepared, options: ValidateOptions) -> Outcome:
         from runtime.launcher import RankError
 
         try:
-            while len(runs) < case.config.validation.runs and cut_short is None:
-                run = _serve(case, experiment, options)
-                if run.records.interrupted:
-                    cut_short, interrupted = run, True
-                else:
-                    runs.append(run)
+            with interruptible():
+                while len(runs) < case.config.validation.runs and cut_short is None:
+                    run = _serve(case, experiment, options)
+                    if run.records.interrupted:
+                        cut_short, interrupted = run, True
+                    else:
+                        runs.append(run)
         except KeyboardInterrupt:  # while ranks were starting: this run has nothing to keep
             interrupted = True
         except RankError as error:
@@ -134,8 +135,9 @@ def _validate_case(prepared: _Prepared, options: ValidateOptions) -> Outcome:
         # With as much KV cache as there was.
         experiment = with_capacity_of(runs[0], experiment)
         try:
-            simulated = whole(simulate(experiment.workload, experiment.setup))
-            ladder = climb(experiment, summarize_run(simulated, experiment), runs)
+            with interruptible():
+                simulated = whole(simulate(experiment.workload, experiment.setup))
+                ladder = climb(experiment, summarize_run(simulated, experiment), runs)
         except KeyboardInterrupt:
             interrupted = True
     return Outcome(

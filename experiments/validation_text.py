@@ -76,6 +76,8 @@ def verdict(outcome: Outcome) -> str:
         return f"no verdict: {outcome.failure}"
     ladder = outcome.ladder
     if ladder is None:
+        if outcome.runs:
+            return "no verdict: interrupted; --replay of this folder judges the live runs that finished"
         return "no verdict: interrupted before a live run was finished"
     text = _of_ladder(ladder)
     return f"interrupted; so far {text}" if outcome.interrupted else text

@@ -68,6 +68,9 @@ def replay(workload: Workload, setup: Setup, run: RecordedRun) -> Parity:
         workload: the requests of the recorded run.
         setup: as of the recorded run, one replica.
         run: the record.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C.
     """
     if setup.replicas != 1:
         raise ValueError("one replica at a time can be replayed")
@@ -82,7 +85,10 @@ def replay(workload: Workload, setup: Setup, run: RecordedRun) -> Parity:
     )
     divergence = None
     try:
-        end_s = cluster.run().end_s
+        records = cluster.run()
+        if records.interrupted:
+            raise KeyboardInterrupt  # a part that is the same says nothing of the rest
+        end_s = records.end_s
     except _Diverged as stop:
         divergence = stop.args[0]
     else:

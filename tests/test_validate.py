@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 from dataclasses import replace
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -26,7 +28,7 @@ from experiments.live_records import LiveRun
 from experiments.load import load_config
 from experiments.pace import measured_paces
 from policies.batch import Batch, Load
-from policies.scheduler import SchedulerSettings
+from policies.scheduler import Scheduler, SchedulerSettings
 from profiler.overheads import HostOverhead
 from sim.cluster import Cluster, Setup, simulate
 from sim.paced import RUN, Factors, Pace, bound_of, simulate_paced
@@ -465,16 +467,20 @@ def test_decisions_under_another_predictor_are_unknown_and_not_blamed(
     assert "recorded under another cost model than today's" in capsys.readouterr().out
 
 
-def test_ctrl_c_keeps_the_live_run_that_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_keeps_the_live_run_that_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     served: list[LiveRun] = []
 
     def serve(made: Experiment, progress: Any) -> LiveRun:
         if served:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         served.append(serve_live(made, progress))
         return served[0]
 
     monkeypatch.setattr("experiments.validate.serve_live", serve)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored in the background
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     path = write(tmp_path, {"validate": {"request": LOOSE}})
     assert run(path, "--no-plots") == 130
     data = json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -483,6 +489,41 @@ def test_ctrl_c_keeps_the_live_run_that_finished(tmp_path: Path, monkeypatch: py
     assert (tmp_path / "out" / "live-1" / "requests.csv").is_file()
     suite = ElementTree.parse(tmp_path / "out" / "junit.xml").getroot()[0]
     assert suite.get("errors") == "1"
+
+
+@pytest.mark.parametrize("where", ["summarize_run", "simulate_paced", "replay"])
+def test_ctrl_c_while_judging_is_no_verdict(
+    validated: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+    where: str,
+) -> None:
+    """In the middle of a simulation, too, of which the part that was done is not judged."""
+    module = "experiments.validate" if where == "summarize_run" else "experiments.rungs"
+    real = getattr(import_module(module), where)
+
+    def interrupting(*arguments: Any) -> Any:
+        if where == "summarize_run":
+            signal.raise_signal(signal.SIGINT)
+        original = Scheduler.next_batch
+
+        def next_batch(scheduler: Scheduler, now_s: float) -> Batch | None:
+            if scheduler.outstanding > 2:
+                signal.raise_signal(signal.SIGINT)
+            return original(scheduler, now_s)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Scheduler, "next_batch", next_batch)
+            return real(*arguments)
+
+    monkeypatch.setattr(f"{module}.{where}", interrupting)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+    assert run(write(tmp_path), "--replay", str(validated), "--no-plots") == 130
+    assert "no verdict: interrupted; --replay of this folder judges" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["interrupted"]
 
 
 def test_a_rank_that_dies_fails_its_case_in_one_line(
