@@ -150,6 +150,11 @@ def read_live_run(folder: Path, experiment: Experiment, where: str) -> LiveRun:
     slices, host = read_slices_csv(folder / _SLICES), read_host_csv(folder / _HOST)
     _check_requests(folder, requests, experiment)
     _check_batches(folder, batches, slices, experiment)
+    served = np.unique(slices.request_id)
+    if missing := int(np.count_nonzero(~np.isin(served, requests["request_id"]))):
+        raise InputError(
+            f"{folder / 'requests.csv'}: {missing} of the {len(served)} requests in {_SLICES} are missing"
+        )
     if any(not np.array_equal(host[name], batches[name]) for name in ("batch", "stage")):
         raise InputError(f"{folder / _HOST}: batch and stage must be those of batches.csv, row by row")
     records = RunRecords(

@@ -14,6 +14,7 @@ from experiments.text import percent, seconds
 from experiments.validation_files import Outcome, pace_data
 from sim.paced import BOUNDS, Pace
 
+_NOISY = 0.5  # difference between live runs from which their verdict says little
 _DISTURBED = 0.01  # share of a live run without a core from which it is worth saying
 _NUMBERS = (
     "simulated",
@@ -36,6 +37,8 @@ def print_outcome(outcome: Outcome) -> None:
     if outcome.replayed:
         runs += " from disk"
     title = f"{outcome.name}: simulated against {runs} ({describe_runtime(outcome.experiment)})"
+    if ladder is not None and ladder.tolerance.request.speed == "measured":
+        title += ", judged at pace"
     if ladder is not None:
         print_table(
             ("latency", "", "simulated", "live", "error", "at pace", "live noise", "allowed", ""),
@@ -53,6 +56,8 @@ def print_outcome(outcome: Outcome) -> None:
         print()
         print_table(("rung", "", ""), [(rung.name, rung.status, rung.text) for rung in ladder.rungs])
         print()
+    if ladder is not None and (noise := _largest_noise(ladder)) > _NOISY:
+        print(f"the live runs differ by up to {percent(noise)}: what they allow says little")
     for number, run in enumerate(outcome.runs, start=1):
         if run.waited_share > _DISTURBED:
             share = percent(run.waited_share)
@@ -89,6 +94,10 @@ def _of_ladder(ladder: Ladder) -> str:
     if blamed is None:
         return f"within tolerance; below, {broken} is outside its own" if broken else "within tolerance"
     return f"outside tolerance ({broken}); the rung to look at is {blamed.name}: {blamed.text}"
+
+
+def _largest_noise(ladder: Ladder) -> float:
+    return max((each.noise or 0.0 for each in ladder.comparisons if each.allowed is not None), default=0.0)
 
 
 def _pace(stage: int, pace: Pace, stages: int) -> str:

@@ -203,6 +203,7 @@ DAMAGES: list[tuple[Any, str]] = [
     (_edit("requests.csv", ",finished,", ",gone,"), r"line 2: status must be one of"),
     (_edit("requests.csv", "request_id", "id"), r"requests.csv: the first line must be request_id,"),
     (_cut("batches.csv", 3), r"batches.csv: stage 0 of batch 2 is missing"),
+    (_cut("requests.csv", 9), r"requests.csv: \d+ of the \d+ requests in slices.csv.gz are missing"),
     (_edit("slices.csv.gz", "\n0,", "\n9,"), r"slices.csv.gz: row at line \d+: batches must be"),
     (_edit("slices.csv.gz", ",0\n", ",5\n"), r"slices.csv.gz: row at line 2: home must be below kvp, 1"),
     (_edit("config.yaml", "seed: 3", "seed: 4"), r"config.yaml: seed is not what .*C.yaml says"),
