@@ -301,7 +301,8 @@ class Engine:
             )
         )
         schedule_s = self._schedule_s.pop(batch.id, 0.0) if stage == 0 else 0.0
-        self._host.extend((batch.id, stage, schedule_s, done.launch_s, done.execute_s, done.sample_s))
+        parts_s = (schedule_s, done.launch_s, done.execute_s, done.sample_s)
+        self._host.extend((batch.id, stage, *parts_s, done.probe_s))
 
     def _count_work(self, batch: Batch) -> None:
         """Add up what the batch computed and read; nothing is predicted here."""

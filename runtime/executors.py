@@ -18,6 +18,7 @@ class StageDone(NamedTuple):
         tokens: (request, token) sampled; last stage only.
         launch_s, execute_s, sample_s: host time by part, as in ``runner.Report``; of the slowest rank.
         logits: [len(tokens), vocab] if they are kept.
+        probe_s: the longest probe of a core that its ranks took just before; 0 if none did.
     """
 
     plan: int
@@ -27,6 +28,7 @@ class StageDone(NamedTuple):
     execute_s: float
     sample_s: float
     logits: NDArray[np.float32] | None = None
+    probe_s: float = 0.0
 
     @staticmethod
     def of(stage: int, reports: list[Report]) -> StageDone:
@@ -36,7 +38,8 @@ class StageDone(NamedTuple):
         kept = [report.logits for report in reports if report.logits is not None]
         logits = np.concatenate(kept) if kept else None
         host_s = (slowest.launch_s, slowest.execute_s, slowest.sample_s)
-        return StageDone(slowest.plan, stage, tokens, *host_s, logits)
+        probe_s = max(report.probe_s for report in reports)
+        return StageDone(slowest.plan, stage, tokens, *host_s, logits, probe_s)
 
 
 class Executor(Protocol):

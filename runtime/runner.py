@@ -15,6 +15,7 @@ from torch import Tensor
 from policies.sharding import Sharding
 from runtime import layers
 from runtime.attention import choose_backend
+from runtime.core_probe import CoreProbe
 from runtime.distributed import Mesh
 from runtime.kv_cache import PagedKV
 from runtime.model import Model, check_model
@@ -23,6 +24,8 @@ from runtime.weights import Part, load_weights
 from specs import ModelSpec, ParallelSpec
 from specs.errors import InputError
 
+_PROBE_OPERATIONS = 15  # 17 µs twice, of every 10 ms
+_PROBE_EVERY_S = 0.01
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
@@ -70,6 +73,7 @@ class Report(NamedTuple):
         execute_s: time in the layers and the collectives, from when the activations were there.
         sample_s: time in the LM head and the sampling.
         logits: [len(tokens), vocab] if they are kept.
+        probe_s: what a probe of the core took just before, within ``launch_s``; 0 if none was taken.
     """
 
     plan: int
@@ -78,6 +82,7 @@ class Report(NamedTuple):
     execute_s: float
     sample_s: float
     logits: NDArray[np.float32] | None = None
+    probe_s: float = 0.0
 
 
 class Runner:
@@ -129,6 +134,8 @@ class Runner:
         self.model = Model(model, weights, cache, backend, mesh)
         self.groups = KVGroups(Sharding(parallel.kvp, parallel.kvp_tokens_per_group), mesh.group)
         self._dtype = dtype
+        on_core = self.device.type == "cpu"
+        self._core = CoreProbe(_PROBE_OPERATIONS, _PROBE_EVERY_S) if on_core else None
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> Report:
@@ -139,10 +146,11 @@ class Runner:
         """
         mesh, is_last = self.mesh, self.mesh.stage == self.mesh.spp - 1
         began_s = time.perf_counter()
+        probe_s = self._core.if_due_s() if self._core is not None else 0.0
         inputs = make_inputs(plan, self.model.cache, self.groups, self.device)
         launch_s = time.perf_counter() - began_s
         if inputs.tokens == 0:  # other groups have work, this one is free
-            return Report(plan.id, [], launch_s, 0.0, 0.0)
+            return Report(plan.id, [], launch_s, 0.0, 0.0, probe_s=probe_s)
         if mesh.stage == 0:
             began_s = time.perf_counter()
             x = self.model.embed(inputs)
@@ -155,10 +163,11 @@ class Runner:
         execute_s = time.perf_counter() - began_s
         if not is_last:
             mesh.send_on(x)
-            return Report(plan.id, [], launch_s, execute_s, 0.0)
+            return Report(plan.id, [], launch_s, execute_s, 0.0, probe_s=probe_s)
         began_s = time.perf_counter()
         tokens, logits = self._sample(x, inputs)
-        return Report(plan.id, tokens, launch_s, execute_s, time.perf_counter() - began_s, logits)
+        sample_s = time.perf_counter() - began_s
+        return Report(plan.id, tokens, launch_s, execute_s, sample_s, logits, probe_s)
 
     def _sample(self, x: Tensor, inputs: Inputs) -> tuple[list[tuple[int, int]], NDArray[np.float32] | None]:
         if not inputs.sampled:

@@ -163,10 +163,14 @@ def test_host_time_is_kept_for_each_part_of_each_batch():
     host, batches = records.host, records.batches
     assert tuple(host) == HOST_COLUMNS
     assert host["batch"].tolist() == batches["batch"].tolist()
-    parts = sum(host[name] for name in HOST_COLUMNS[2:])
+    parts = sum(host[name] for name in HOST_COLUMNS[2:6])
     duration_s = batches["end_s"] - batches["start_s"]
     assert (parts <= duration_s + 1e-6).all()
     assert parts.sum() > 0.8 * duration_s.sum()
+    # A core is probed every 10 ms at most, as part of preparing a batch.
+    probed = host["probe_s"] > 0.0
+    assert probed.any() and (host["probe_s"] <= host["launch_s"]).all()
+    assert (np.diff(batches["start_s"][probed]) > 0.005).all()
     # A batch's own scheduling decision takes less than a millisecond (P17).
     assert np.median(host["schedule_s"]) < 1e-3
 

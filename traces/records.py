@@ -54,9 +54,10 @@ BATCH_COLUMNS = (
     "waiting",
     "kv_used_blocks",
 )
-HOST_COLUMNS = ("batch", "stage", "schedule_s", "launch_s", "execute_s", "sample_s")
+HOST_COLUMNS = ("batch", "stage", "schedule_s", "launch_s", "execute_s", "sample_s", "probe_s")
 """Of a live run: seconds the host took, for each batch and stage, to decide on the batch (first stage only),
-to prepare it, to execute the layers and to sample."""
+to prepare it, to execute the layers and to sample; and what a probe of the core took just before (see
+:mod:`runtime.core_probe`), 0 if none was taken."""
 _BATCH_TIMES = ("start_s", "end_s")
 
 

@@ -21,6 +21,7 @@ _MAX_NUMBER = 2**31 - 1
 
 Columns = dict[str, NDArray[Any]]
 _LATER_REQUEST_COLUMNS = 3  # where a request decodes, and when its KV cache went there
+_LATER_HOST_COLUMNS = 1  # the probe
 
 
 def read_requests_csv(path: Path, slo_names: Sequence[str]) -> Columns:
@@ -76,7 +77,8 @@ def read_host_csv(path: Path) -> Columns:
         InputError: as for :func:`read_requests_csv`.
     """
     kinds = {name: _moment if name.endswith("_s") else _count for name in HOST_COLUMNS}
-    return _read(path, HOST_COLUMNS, kinds)
+    kinds["probe_s"] = lambda text: 0.0 if text == "" else _moment(text)
+    return _read(path, HOST_COLUMNS, kinds, later=_LATER_HOST_COLUMNS)
 
 
 def read_slices_csv(path: Path) -> Slices:

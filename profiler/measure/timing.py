@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from runtime.core_probe import CoreProbe
+
 Call = Callable[[int], object]
 """One call of the operator on its i-th set of inputs."""
 
@@ -25,7 +27,6 @@ MOST_REPEATS = 200
 PATIENCE = 4  # times the intended duration that a visit may last for the sake of undisturbed samples …
 PATIENCE_S = 1.0  # … and this long at least: on a shared host, slow moments last up to a second
 SLOW = 1.12  # times its usual duration, from which a probe says that the machine is slow just now
-_PROBE_OPERATIONS = 30
 _PROBES = 4000  # of which the usual duration is taken
 MOST_LAUNCHES = 20  # calls queued at once on a GPU, so that the launch queue is never full
 _SLEEP_CYCLES_PER_S = 2e9
@@ -129,12 +130,11 @@ def _number_of_samples(sample_s: float, visit_s: float) -> int:
 class Core:
     """Whether this core runs at its usual speed.
 
-    Virtual machines share cores with others: for moments of 50 ms to a second everything takes 1.3 to 2 times
-    as long, and nothing in the system says so. A probe of a few small operations does.
+    It is slow where a probe takes noticeably longer than most of the quickest so far.
     """
 
     def __init__(self) -> None:
-        self._x: torch.Tensor | None = None
+        self._core: CoreProbe | None = None
         self._durations_s: list[float] = []
         self._usual_s = 0.0
         self.probes = self.slow = 0
@@ -153,17 +153,11 @@ class Core:
         return self.slow / max(self.probes, 1)
 
     def _probe(self) -> float:
-        if self._x is None:
-            self._x = torch.ones(4, 256)
+        if self._core is None:
+            self._core = CoreProbe()
             for _ in range(60):
                 self._probe()
-        x = self._x
-        # Twice: what ran before may have left nothing of the probe's own code in the caches.
-        for _ in range(2):
-            began_s = time.perf_counter()
-            for _ in range(_PROBE_OPERATIONS):
-                x * x
-            duration_s = time.perf_counter() - began_s
+        duration_s = self._core.duration_s()
         durations = self._durations_s
         durations.append(duration_s)
         if len(durations) % 50 == 0:
