@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from experiments.config import QuantileTolerance
 from experiments.live_records import LiveRun
+from experiments.slow_moments import own_cores
 from policies.batch import Load
 from policies.sharding import Sharding, SlowestGroup
 from profiler.iteration import IterationModel
@@ -66,12 +67,14 @@ class IterationErrors:
     Attributes:
         total: of all batches together.
         by_kind: by what a batch holds.
+        own_cores: of those in moments in which the run had its cores to itself; None without probes.
         by_part: seconds of each of ``PARTS`` and, in a pipeline, ``BETWEEN``, all batches together, as
             (predicted, measured); without ``PARTS`` if the live run didn't record them.
     """
 
     total: ErrorSummary | None
     by_kind: Mapping[str, ErrorSummary]
+    own_cores: ErrorSummary | None
     by_part: Mapping[str, tuple[float, float]]
 
 
@@ -88,6 +91,8 @@ class BatchTimes:
         kind: a place in ``KINDS``.
         bound: what it is bound by, as :func:`sim.paced.bound_of` says.
         stage: that executed it.
+        decodes: how many it holds.
+        own_cores: whether its ranks had their cores to themselves, see :mod:`experiments.slow_moments`.
     """
 
     predicted_parts_s: FloatArray
@@ -98,6 +103,8 @@ class BatchTimes:
     kind: NDArray[np.int64]
     bound: NDArray[np.int64]
     stage: NDArray[np.int64]
+    decodes: NDArray[np.int64]
+    own_cores: NDArray[np.bool_]
 
     @property
     def predicted_s(self) -> FloatArray:
@@ -118,7 +125,9 @@ class BatchTimes:
             }
         if self.stage.any():
             by_part[BETWEEN] = float(self.predicted_wait_s.sum()), float(self.measured_wait_s.sum())
-        return IterationErrors(ErrorSummary.of(self.predicted_s, self.measured_s), by_kind, by_part)
+        predicted_s, measured_s = self.predicted_s, self.measured_s
+        own_cores = ErrorSummary.of(predicted_s[self.own_cores], measured_s[self.own_cores])
+        return IterationErrors(ErrorSummary.of(predicted_s, measured_s), by_kind, own_cores, by_part)
 
     @staticmethod
     def joined(parts: Sequence[BatchTimes]) -> BatchTimes:
@@ -183,6 +192,8 @@ def batch_times(run: LiveRun, workload: Workload, cost: IterationModel, sharding
         kind=np.array(kinds, dtype=np.int64)[at],
         bound=np.array(bounds, dtype=np.int64)[at],
         stage=np.asarray(batches["stage"], dtype=np.int64),
+        decodes=np.array([len(shape.decodes) for shape in shapes], dtype=np.int64)[at],
+        own_cores=own_cores(run),
     )
 
 

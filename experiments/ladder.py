@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,8 @@ class Comparison:
         scatter_at_pace: standard deviation of these ÷ their mean: by chance alone, as live runs differ.
         noise: largest difference between two live runs ÷ their mean; None with a single one.
         allowed: the size of error that passes; None if this statistic decides nothing.
-        speed: which of the two errors must pass.
+        speed: which of the two errors must pass; the same for all of a table.
+        is_noisy: the live runs differ by more than a verdict can be based on.
     """
 
     metric: str
@@ -119,6 +120,7 @@ class Comparison:
     noise: float | None
     allowed: float | None
     speed: Speed
+    is_noisy: bool
 
     @property
     def judged(self) -> float:
@@ -126,8 +128,12 @@ class Comparison:
         return self.error if self.speed == "profile" else self.error_at_pace
 
     @property
+    def is_outside(self) -> bool:
+        return self.allowed is not None and abs(self.judged) > self.allowed
+
+    @property
     def passes(self) -> bool:
-        return self.allowed is None or abs(self.judged) <= self.allowed
+        return self.allowed is None or not (self.is_outside or self.is_noisy)
 
 
 def compare_requests(
@@ -140,6 +146,8 @@ def compare_requests(
     pace, and of the live runs.
 
     A latency without samples on either side has no rows; with samples on one side only its error is infinite.
+    If all that decide are within what is allowed as they are, that is what they are judged by; else by
+    ``tolerance.speed``.
     """
     rows = []
     for metric in METRICS:
@@ -152,7 +160,8 @@ def compare_requests(
             ]
             at_pace_s, live_s = others_s[: len(at_pace)], others_s[len(at_pace) :]
             rows.append(_compare(metric, statistic, simulated_s, at_pace_s, live_s, tolerance))
-    return rows
+    as_it_is = [replace(row, speed="profile") for row in rows]
+    return rows if any(row.is_outside for row in as_it_is) else as_it_is
 
 
 def _compare(
@@ -181,6 +190,7 @@ def _compare(
         noise=noise,
         allowed=allowed,
         speed=tolerance.speed,
+        is_noisy=allowed is not None and (noise or 0.0) > tolerance.most_noise,
     )
 
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from experiments.batch_times import BETWEEN, PARTS, BatchTimes, IterationErrors, batch_times
+from experiments.batch_times import BatchTimes, IterationErrors, batch_times
 from experiments.build import Experiment
 from experiments.config import ValidateConfig
 from experiments.ladder import Comparison, OperatorErrors, compare_requests, operator_errors
 from experiments.live import summarize_live
 from experiments.live_records import LiveRun, fingerprint
-from experiments.pace import measured_paces
+from experiments.pace import Leftover, leftover, measured_paces
 from experiments.run import summarize_run
 from experiments.text import percent
 from sim.paced import Pace, simulate_paced
@@ -46,6 +46,8 @@ class Ladder:
         comparisons: the table of the requests.
         speed: batch times as measured ÷ as predicted, all of them together.
         paces: of each stage, as its batches had it.
+        leftover: what they leave of the errors of batch times.
+        at_pace: simulations at them.
         tolerance: what the rungs were judged by.
     """
 
@@ -56,44 +58,15 @@ class Ladder:
     comparisons: Sequence[Comparison]
     speed: float
     paces: Sequence[Pace]
+    leftover: Leftover | None
+    at_pace: Sequence[RunRecords]
     tolerance: ValidateConfig
 
     @property
     def passes(self) -> bool:
-        """The decisions and the requests hold; what is unknown doesn't count against it."""
-        return all(rung.status != "broken" for rung in self.rungs if rung.name in DECIDING)
-
-    @property
-    def blamed(self) -> Rung | None:
-        """The rung to look at if the validation fails, else None.
-
-        Decisions that differ need no other reason. Requests are wrong because iterations are, or what lies
-        between stages, unless those hold; and iterations because operators are, unless the time in the layers
-        and the LM head is right.
-        """
-        operator, iteration, decisions, request = self.rungs
-        if decisions.status == "broken":
-            return decisions
-        if request.status != "broken":
-            return None
-        if iteration.status != "broken":
-            return iteration if self._gaps_are_off() else request
-        return operator if operator.status == "broken" and self._kernels_are_off() else iteration
-
-    def _gaps_are_off(self) -> bool:
-        """Whether what lies between stages is off by a noticeable share of all time."""
-        predicted_s, measured_s = self.iterations.by_part.get(BETWEEN, (0.0, 0.0))
-        total_s = sum(measured_s for _, measured_s in self.iterations.by_part.values())
-        return abs(predicted_s - measured_s) > self.tolerance.iteration.p50 * total_s
-
-    def _kernels_are_off(self) -> bool:
-        """Whether kernels take another time, all batches together, than is predicted; yes if unknown."""
-        by_part = self.iterations.by_part
-        if not all(part in by_part for part in PARTS):
-            return True
-        (layers_s, live_layers_s), (head_s, live_head_s) = (by_part[part] for part in PARTS[:2])
-        measured_s = live_layers_s + live_head_s
-        return abs(layers_s + head_s - measured_s) > self.tolerance.iteration.p50 * measured_s
+        """The requests hold, and the decisions as far as is known."""
+        _, _, decisions, request = self.rungs
+        return decisions.status != "broken" and request.status == "holds"
 
 
 def climb(experiment: Experiment, simulated: dict[str, Any], runs: Sequence[LiveRun]) -> Ladder:
@@ -112,19 +85,18 @@ def climb(experiment: Experiment, simulated: dict[str, Any], runs: Sequence[Live
     same_cost = all(run.cost in ("", fingerprint(setup.cost)) for run in runs)
     speed = iterations.total.measured_over_predicted if iterations.total is not None else 1.0
     paces = measured_paces(times, experiment.parallel.spp)
-    at_pace = [
-        summarize_run(whole(simulate_paced(workload, setup, paces, seed)), experiment)
-        for seed in range(_SIMULATIONS)
-    ]
+    at_pace = [whole(simulate_paced(workload, setup, paces, seed)) for seed in range(_SIMULATIONS)]
+    summaries = [summarize_run(records, experiment) for records in at_pace]
     measured = [summarize_live(run.records, experiment) for run in runs]
-    comparisons = compare_requests(simulated, at_pace, measured, tolerance.request)
+    comparisons = compare_requests(simulated, summaries, measured, tolerance.request)
     rungs = (
         _operator_rung(operators, tolerance),
         _iteration_rung(iterations, tolerance),
         _decision_rung(parities, same_cost),
-        _request_rung(comparisons),
+        _request_rung(comparisons, tolerance.request.most_noise),
     )
-    return Ladder(rungs, operators, iterations, parities, comparisons, speed, paces, tolerance)
+    left = leftover(times, paces)
+    return Ladder(rungs, operators, iterations, parities, comparisons, speed, paces, left, at_pace, tolerance)
 
 
 def whole(records: RunRecords) -> RunRecords:
@@ -172,7 +144,14 @@ def _iteration_rung(iterations: IterationErrors, tolerance: ValidateConfig) -> R
         if measured_s > 0.0
     )
     text += f" ({parts})" if parts else ""
-    return Rung("iteration", status, f"{text}, over {total.count:,} batches")
+    text += f", over {total.count:,} batches"
+    own = iterations.own_cores
+    if own is not None:
+        text += (
+            f"; over the {own.count:,} whose cores nobody else was on: median error {percent(own.p50)}, "
+            f"p90 {percent(own.p90)}, bias {signed(own.bias)}"
+        )
+    return Rung("iteration", status, text)
 
 
 def _decision_rung(parities: Sequence[Parity], same_cost: bool) -> Rung:
@@ -187,24 +166,30 @@ def _decision_rung(parities: Sequence[Parity], same_cost: bool) -> Rung:
     return Rung("decisions", "holds", f"{batches:,} batches, {tokens:,} tokens: the same, token for token")
 
 
-def _request_rung(comparisons: Sequence[Comparison]) -> Rung:
+def _request_rung(comparisons: Sequence[Comparison], most_noise: float) -> Rung:
     deciding = [each for each in comparisons if each.allowed is not None]
     if not deciding:
         return Rung("request", "broken", "there is no latency to compare: no request got that far")
-    outside = [each for each in deciding if not each.passes]
-    shown = outside or [max(deciding, key=lambda each: abs(each.judged) / (each.allowed or 1.0))]
-    text = "; ".join(f"{_metric(each.metric)} {each.statistic} {_comparison_text(each)}" for each in shown)
-    return Rung(
-        "request", "broken" if outside else "holds", text if outside else f"nearest to its limit: {text}"
-    )
+    outside = [each for each in deciding if each.is_outside]
+    if outside:
+        how = "at pace " if outside[0].speed == "measured" else ""
+        return Rung("request", "broken", how + "; ".join(map(_comparison_text, outside)))
+    noisy = [each for each in deciding if each.is_noisy]
+    if noisy:
+        worst = max(noisy, key=lambda each: each.noise or 0.0)
+        differ = f"the live runs differ by {percent(worst.noise or 0.0)} in {_name(worst)}"
+        return Rung("request", "unknown", f"{differ}, {percent(most_noise)} at most say something")
+    nearest = max(deciding, key=lambda each: abs(each.judged) / (each.allowed or 1.0))
+    how = "at pace" if nearest.speed == "measured" else "as it is"
+    return Rung("request", "holds", f"{how}; nearest to its limit: {_comparison_text(nearest)}")
 
 
 def _comparison_text(each: Comparison) -> str:
-    return f"{signed(each.judged)} (allowed {percent(each.allowed or 0.0)})"
+    return f"{_name(each)} {signed(each.judged)} (allowed {percent(each.allowed or 0.0)})"
 
 
-def _metric(name: str) -> str:
-    return name.removesuffix("_s").upper()
+def _name(each: Comparison) -> str:
+    return f"{each.metric.removesuffix('_s').upper()} {each.statistic}"
 
 
 def signed(share: float) -> str:

@@ -25,14 +25,17 @@ class QuantileTolerance(Section):
 
 class RequestTolerance(QuantileTolerance):
     """Those of the requests, for the latencies in ``metrics``; ``noise_factor`` times the difference between
-    live runs is allowed too, if that is larger.
+    live runs is allowed too, if that is larger. Live runs that differ by more than ``most_noise`` say too
+    little to judge a latency by.
 
-    ``speed`` says at which pace of the machine the simulation is judged: that of its profile, or the one that
-    the batches of the live runs had (see ``experiments.pace``).
+    ``speed`` says at which pace of the machine the simulation is judged: that of its profile alone; or,
+    unless all is within bounds at that, the one that the batches of the live runs had (see
+    ``experiments.pace``).
     """
 
     p90: Positive = 0.10
     noise_factor: NotNegative = 1.5
+    most_noise: Positive = 0.33
     speed: Speed = "profile"
     metrics: Annotated[list[Latency], Field(min_length=1)] = Field(default_factory=lambda: list(_JUDGED))
 

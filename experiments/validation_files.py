@@ -12,13 +12,15 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from experiments.blame import blame
 from experiments.build import Experiment
 from experiments.live import summarize_live, write_live
 from experiments.live_records import LiveRun
 from experiments.load import dump_yaml
 from experiments.run import summarize_run
 from experiments.rungs import DECIDING, Ladder
-from experiments.series import cdf, gap_cdf
+from experiments.series import Cdf, cdf, gap_cdf
+from experiments.slow_moments import slow_share
 from sim.paced import BOUNDS, Pace
 from traces.metrics import slo_met
 from traces.records import RunRecords, write_requests_csv
@@ -83,7 +85,7 @@ def write_case(folder: Path, outcome: Outcome, *, plots: bool) -> None:
         met = slo_met(outcome.simulated, experiment.tpot_targets_s)
         write_requests_csv(outcome.simulated, met, simulated / "requests.csv")
         if plots:
-            _write_plots(folder / "plots", outcome.simulated, outcome.runs)
+            _write_plots(folder / "plots", outcome)
 
 
 def write_set(folder: Path, name: str, outcomes: Sequence[Outcome]) -> None:
@@ -101,12 +103,20 @@ def write_set(folder: Path, name: str, outcomes: Sequence[Outcome]) -> None:
     (folder / "config.yaml").write_text(text, encoding="utf-8")
 
 
+def _cdf(label: str, latency: str, records: Sequence[RunRecords]) -> Cdf | None:
+    """Of several runs together."""
+    if latency == "tbt":
+        return gap_cdf(label, np.concatenate([each.gaps for each in records]))
+    return cdf(label, np.concatenate([getattr(each, f"{latency}_s") for each in records]))
+
+
 def verdict_data(outcome: Outcome) -> dict[str, Any]:
     """The verdict on one case as plain data; an error without bound is null."""
     data: dict[str, Any] = {
         "passes": outcome.passes,
         "live_runs": len(outcome.runs),
         "waited_share": [run.waited_share for run in outcome.runs],
+        "slow_share": [slow_share(run) for run in outcome.runs],
     }
     if outcome.interrupted:
         data["interrupted"] = True
@@ -114,14 +124,16 @@ def verdict_data(outcome: Outcome) -> dict[str, Any]:
         data["failure"] = outcome.failure
     ladder = outcome.ladder
     if ladder is not None:
-        blamed = ladder.blamed
+        blamed = blame(ladder)
         data |= {
-            "blamed_rung": None if blamed is None else blamed.name,
+            "blamed_rung": None if blamed is None else blamed.rung,
+            "blamed_because": None if blamed is None else blamed.why,
             "rungs": [asdict(rung) for rung in ladder.rungs],
             "speed": ladder.speed,
             "paces": [pace_data(pace) for pace in ladder.paces],
             "requests": [asdict(each) | {"passes": each.passes} for each in ladder.comparisons],
             "iterations": asdict(ladder.iterations),
+            "leftover": None if ladder.leftover is None else asdict(ladder.leftover),
             "operators": [asdict(each) for each in ladder.operators],
             "decisions": [asdict(each) for each in ladder.parities],
         }
@@ -129,11 +141,15 @@ def verdict_data(outcome: Outcome) -> dict[str, Any]:
     return finite
 
 
-def pace_data(pace: Pace) -> dict[str, dict[str, float]]:
-    """Factors by ``BOUNDS``: of all batches together, and between which eight in ten lie."""
-    data = {}
+def pace_data(pace: Pace) -> dict[str, dict[str, float] | None]:
+    """Factors by ``BOUNDS``: of all batches together, and between which eight in ten lie; None for a bound of
+    so few batches that it shares those of all."""
+    data: dict[str, dict[str, float] | None] = {}
     for bound, name in enumerate(BOUNDS):
         factors = pace.of(bound)
+        if factors.is_shared:
+            data[name] = None
+            continue
         p10, p90 = np.quantile(factors.values, [0.1, 0.9]).tolist()
         data[name] = {"mean": factors.mean, "p10": p10, "p90": p90}
     return data
@@ -153,7 +169,8 @@ def _write_json(path: Path, data: dict[str, Any]) -> None:
 
 
 def _write_junit(path: Path, outcomes: Sequence[Outcome]) -> None:
-    """One suite a case, one test a rung. A rung that is unknown, or broken and doesn't decide, is skipped."""
+    """One suite a case, one test a rung. A rung that is unknown, or broken and doesn't decide, is skipped and
+    says which; no verdict is an error."""
     root = ElementTree.Element("testsuites", name="convoy validate")
     for outcome in outcomes:
         suite = ElementTree.SubElement(root, "testsuite", name=outcome.name)
@@ -179,26 +196,31 @@ def _tests(outcome: Outcome) -> list[tuple[str, str, str]]:
         return [("live runs", kind, text)]
     tests = []
     for rung in outcome.ladder.rungs:
-        broken = "failure" if rung.name in DECIDING else "skipped"
-        kind = {"holds": "", "broken": broken, "unknown": "skipped"}[rung.status]
-        tests.append((rung.name, kind, rung.text))
+        decides = rung.name in DECIDING
+        kind, text = "", rung.text
+        if rung.status == "broken":
+            kind = "failure" if decides else "skipped"
+            text = rung.text if decides else f"broken, but doesn't decide: {rung.text}"
+        elif rung.status == "unknown":
+            kind, text = "error" if rung.name == "request" else "skipped", f"unknown: {rung.text}"
+        tests.append((rung.name, kind, text))
     if outcome.interrupted:
         tests.append(("live runs", "error", "interrupted"))
     return tests
 
 
-def _write_plots(folder: Path, simulated: RunRecords, runs: Sequence[LiveRun]) -> None:
-    """A CDF of each latency, the simulation beside the live runs."""
+def _write_plots(folder: Path, outcome: Outcome) -> None:
+    """A CDF of each latency: the live runs, the simulation as it is, and those at pace together."""
     from experiments.plots import draw_cdf
 
     folder.mkdir()
-    sides = [("simulated", simulated)]
-    sides += [(f"live run {number}", run.records) for number, run in enumerate(runs, start=1)]
+    sides = [(f"live run {number}", [run.records]) for number, run in enumerate(outcome.runs, start=1)]
+    if outcome.ladder is not None:
+        sides.append(("simulated at pace", list(outcome.ladder.at_pace)))
+    if outcome.simulated is not None:
+        sides.append(("simulated", [outcome.simulated]))
     for name, (title, what) in _WHAT.items():
-        found = [
-            gap_cdf(label, records.gaps) if name == "tbt" else cdf(label, getattr(records, f"{name}_s"))
-            for label, records in sides
-        ]
+        found = [_cdf(label, name, records) for label, records in sides]
         curves = [curve for curve in found if curve is not None]
         if curves:
             (folder / f"{name}_cdf.png").write_bytes(draw_cdf(title, curves, what))

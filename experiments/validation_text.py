@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.batch_times import ErrorSummary
+from experiments.blame import blame
 from experiments.ladder import Comparison
 from experiments.live import describe_runtime
+from experiments.pace import FEWEST
 from experiments.rungs import Ladder, signed
+from experiments.slow_moments import slow_share
 from experiments.tables import print_table
 from experiments.text import percent, seconds
 from experiments.validation_files import Outcome, pace_data
 from sim.paced import BOUNDS, Pace
 
-_NOISY = 0.5  # difference between live runs from which their verdict says little
 _DISTURBED = 0.01  # share of a live run without a core from which it is worth saying
 _NUMBERS = (
     "simulated",
@@ -37,7 +39,7 @@ def print_outcome(outcome: Outcome) -> None:
     if outcome.replayed:
         runs += " from disk"
     title = f"{outcome.name}: simulated against {runs} ({describe_runtime(outcome.experiment)})"
-    if ladder is not None and ladder.tolerance.request.speed == "measured":
+    if ladder is not None and any(each.speed == "measured" for each in ladder.comparisons):
         title += ", judged at pace"
     if ladder is not None:
         print_table(
@@ -50,18 +52,22 @@ def print_outcome(outcome: Outcome) -> None:
         for stage, pace in enumerate(ladder.paces):
             print(_pace(stage, pace, len(ladder.paces)))
         print()
-        kinds = [*ladder.iterations.by_kind.items(), ("all", ladder.iterations.total)]
+        found = ladder.iterations
+        kinds = [*found.by_kind.items(), ("all", found.total), ("all, on own cores", found.own_cores)]
         rows = [_batches(name, errors) for name, errors in kinds if errors is not None]
         print_table(("batches of", "batches", "median", "p90", "bias"), rows, right=_NUMBERS)
         print()
         print_table(("rung", "", ""), [(rung.name, rung.status, rung.text) for rung in ladder.rungs])
         print()
-    if ladder is not None and (noise := _largest_noise(ladder)) > _NOISY:
-        print(f"the live runs differ by up to {percent(noise)}: what they allow says little")
     for number, run in enumerate(outcome.runs, start=1):
         if run.waited_share > _DISTURBED:
             share = percent(run.waited_share)
             print(f"live run {number}: other work had the engine's core for {share} of the time")
+        if (share_slow := slow_share(run) or 0.0) > _DISTURBED:
+            print(
+                f"live run {number}: a core was slow at {percent(share_slow)} of the probes: "
+                "another machine was on it too"
+            )
     print(f"{outcome.name}: {verdict(outcome)}\n")
 
 
@@ -90,25 +96,27 @@ def verdict(outcome: Outcome) -> str:
 
 def _of_ladder(ladder: Ladder) -> str:
     broken = ", ".join(rung.name for rung in ladder.rungs if rung.status == "broken")
-    blamed = ladder.blamed
-    if blamed is None:
-        return f"within tolerance; below, {broken} is outside its own" if broken else "within tolerance"
-    return f"outside tolerance ({broken}); the rung to look at is {blamed.name}: {blamed.text}"
-
-
-def _largest_noise(ladder: Ladder) -> float:
-    return max((each.noise or 0.0 for each in ladder.comparisons if each.allowed is not None), default=0.0)
+    blamed = blame(ladder)
+    if blamed is not None:
+        return f"outside tolerance ({broken}); the rung to look at is {blamed.rung}: {blamed.why}"
+    request = ladder.rungs[-1]
+    if request.status == "unknown":
+        return f"no verdict: {request.text}"
+    return f"within tolerance; below, {broken} is outside its own" if broken else "within tolerance"
 
 
 def _pace(stage: int, pace: Pace, stages: int) -> str:
     where = f" in stage {stage}" if stages > 1 else ""
     names = ("decodes", "with chunks", "bound by attention")
     data = pace_data(pace)
-    factors = ", ".join(
-        f"{name} {data[bound]['mean']:.2f} ({data[bound]['p10']:.2f} … {data[bound]['p90']:.2f})"
-        for name, bound in zip(names, BOUNDS, strict=True)
-    )
-    return f"batches{where} took, of what is predicted (eight in ten within): {factors}"
+    factors = []
+    for name, bound in zip(names, BOUNDS, strict=True):
+        found = data[bound]
+        if found is None:
+            factors.append(f"{name} as all (fewer than {FEWEST})")
+        else:
+            factors.append(f"{name} {found['mean']:.2f} ({found['p10']:.2f} … {found['p90']:.2f})")
+    return f"batches{where} took, of what is predicted (eight in ten within): {', '.join(factors)}"
 
 
 def _comparison(each: Comparison) -> tuple[str, ...]:
@@ -121,8 +129,14 @@ def _comparison(each: Comparison) -> tuple[str, ...]:
         signed(each.error_at_pace),
         "" if each.noise is None else percent(each.noise),
         "" if each.allowed is None else percent(each.allowed),
-        "" if each.allowed is None else "ok" if each.passes else "outside",
+        _mark(each),
     )
+
+
+def _mark(each: Comparison) -> str:
+    if each.allowed is None:
+        return ""
+    return "outside" if each.is_outside else "noisy" if each.is_noisy else "ok"
 
 
 def _batches(name: str, errors: ErrorSummary) -> tuple[str, ...]:
@@ -138,8 +152,12 @@ def _line(outcome: Outcome) -> tuple[str, ...]:
     for metric in ("ttft_s", "tpot_s"):
         for statistic in ("p50", "p90"):
             each = errors.get((metric, statistic))
-            cells.append("" if each is None else signed(each.judged) + ("" if each.passes else " !"))
+            mark = "" if each is None or each.passes else " !" if each.is_outside else " ?"
+            cells.append("" if each is None else signed(each.judged) + mark)
     total = ladder.iterations.total
-    blamed = ladder.blamed
-    word = "holds" if outcome.passes else f"outside: {blamed.name}" if blamed is not None else "interrupted"
+    blamed = blame(ladder)
+    if blamed is not None:
+        word = f"outside: {blamed.rung}"
+    else:
+        word = "holds" if outcome.passes else "interrupted" if outcome.interrupted else "no verdict"
     return outcome.name, *cells, "" if total is None else signed(total.bias), word

@@ -28,10 +28,11 @@ RUN = 50  # batches that follow each other are drawn together, since slow moment
 @dataclass(frozen=True, slots=True)
 class Factors:
     """Of batches of one kind, one after the other, how many times what was predicted each took;
-    ``predicted_s`` is what that was."""
+    ``predicted_s`` is what that was. ``is_shared`` says that they are of all kinds, for want of their own."""
 
     values: Sequence[float] = (1.0,)
     predicted_s: Sequence[float] = (1.0,)
+    is_shared: bool = False
 
     @property
     def mean(self) -> float:

@@ -68,9 +68,10 @@ class _Noting(Replica):
         log: SliceLog,
         ends: list[dict[int, float]],
         bounds: list[int],
+        slower: float,
         **options: Any,
     ) -> None:
-        self._log, self._ends, self._bounds = log, ends, bounds
+        self._log, self._ends, self._bounds, self._slower = log, ends, bounds, slower
         super().__init__(*arguments, **options)
 
     def stage_s(self, batch: Batch, stage: int) -> float:
@@ -79,7 +80,7 @@ class _Noting(Replica):
             self._ends.append({-1: self.env.now})
             self._bounds.append(bound_of(batch.loads, self.cost))
         # Slower than predicted by a factor that changes from batch to batch.
-        time_s = super().stage_s(batch, stage) * (1.0 + 0.37 * (batch.id % 5))
+        time_s = super().stage_s(batch, stage) * (1.0 + self._slower * (batch.id % 5))
         self._ends[batch.id][stage] = self.env.now + time_s
         return time_s
 
@@ -89,7 +90,9 @@ def experiment(tmp_path: Path, **changes: Any) -> Experiment:
     return build(load_config(path), str(path))
 
 
-def noted(made: Experiment, bounds: list[int] | None = None) -> tuple[RecordedRun, LiveRun]:
+def noted(
+    made: Experiment, bounds: list[int] | None = None, slower: float = 0.37
+) -> tuple[RecordedRun, LiveRun]:
     """A run in which batches take other times than predicted, and its records; ``bounds`` is filled with what
     each batch was bound by."""
     bounds = [] if bounds is None else bounds
@@ -97,7 +100,7 @@ def noted(made: Experiment, bounds: list[int] | None = None) -> tuple[RecordedRu
     ends: list[dict[int, float]] = []
 
     def replica(*arguments: Any, **options: Any) -> Replica:
-        return _Noting(*arguments, log=log, ends=ends, bounds=bounds, **options)
+        return _Noting(*arguments, log=log, ends=ends, bounds=bounds, slower=slower, **options)
 
     records = Cluster(made.workload, made.setup, step_by_step=True, replica=replica).run()
     stages = made.parallel.spp
@@ -301,13 +304,16 @@ def test_paces_are_sums_by_bound_and_stage() -> None:
     factor = np.where(stage == 1, 4.0, np.array([2.0, 3.0, 5.0])[bound])
     parts_s = np.stack([predicted_s, np.zeros(39), np.zeros(39)], axis=1)
     waits_s = np.zeros((2, 39))
-    times = BatchTimes(parts_s, parts_s * np.nan, factor * predicted_s, *waits_s, 0 * bound, bound, stage)
+    held = (0 * bound, bound, stage, 0 * bound, bound < 0)
+    times = BatchTimes(parts_s, parts_s * np.nan, factor * predicted_s, *waits_s, *held)
     first, second, third = measured_paces(times, 3)
     of_all = float((factor * predicted_s)[:29].sum() / predicted_s[:29].sum())
     assert [first.of(bound).mean for bound in range(3)] == pytest.approx([2.0, 3.0, of_all])
     assert set(np.round(first.attention.values, 9)) == {2.0, 3.0, 5.0}
     assert [second.of(bound).mean for bound in range(3)] == pytest.approx([4.0] * 3)
-    assert third == Pace()
+    assert third == Pace(*[Factors(is_shared=True)] * 3)
+    shared = [each.of(bound).is_shared for each in (first, second) for bound in range(3)]
+    assert shared == [False, False, True, False, True, True]
 
 
 def test_how_batches_came_to_begin_in_a_later_stage() -> None:
