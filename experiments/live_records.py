@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -28,6 +29,7 @@ from traces.stored import read_batches_csv, read_host_csv, read_requests_csv, re
 FORMAT = 1
 _FACTS, _SLICES, _HOST = "live.json", "slices.csv.gz", "host.csv"
 _MAX_FACTS_BYTES = 1 << 20
+_MOST_LISTED = 100  # entries of a folder
 # Keys that may differ between a record and the configuration it is held against: they change neither the
 # requests nor what the live run did, or the decisions say so themselves.
 _FREE_KEYS = ("name", "predictor", "validate", "live", "sweep")
@@ -120,16 +122,31 @@ def find_live_runs(folder: Path) -> list[Path]:
         InputError: there are none.
     """
     try:
+        is_there = folder.is_dir()
         if (folder / _FACTS).is_file():
             return [folder]
         found = [path for path in folder.glob("live-*") if (path / _FACTS).is_file()]
+        beside = "" if is_there else _beside(folder)
     except (OSError, ValueError) as error:
         raise InputError(f"--replay {folder}: cannot be read ({error})") from None
+    if not is_there:
+        raise InputError(f"--replay {folder}: there is no such folder{beside}")
     if not found:
         raise InputError(
             f"--replay {folder}: holds no live run ({_FACTS} and the other files that `convoy live` writes)"
         )
     return sorted(found, key=lambda path: (len(path.name), path.name))
+
+
+def _beside(folder: Path) -> str:
+    """The cases that are where ``folder`` is not, for those who replay a set of which some are recorded."""
+    parent = folder.parent
+    if not parent.is_dir():
+        return ""
+    recorded = sorted(
+        path.name for path in islice(parent.iterdir(), _MOST_LISTED) if any(path.glob(f"live-*/{_FACTS}"))
+    )
+    return f"; {parent} has {', '.join(recorded)} (--case chooses)" if recorded else ""
 
 
 def read_live_run(folder: Path, experiment: Experiment, where: str) -> LiveRun:

@@ -70,10 +70,12 @@ def train(
         save: write the predictor.
 
     Raises:
-        InputError: the profile is unsound, or names a device that isn't known.
+        InputError: the profile is unsound, or names a device that isn't known; or ``out`` has no folder.
     """
     if folds < 2:
         raise InputError(f"folds: must be at least 2, not {folds}")
+    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
+        raise InputError(f"--out {out}: must be a file in a folder that is there")
     # The order of sums goes by the number of threads, and with it the last digits of what is written. Only
     # libraries that are loaded are limited: scipy brings one of its own.
     import scipy.linalg

@@ -156,7 +156,6 @@ def test_a_later_stage_is_timed_between_batches_that_queue() -> None:
             bench.time(points[0], 0.01)
     finally:
         bench.close()
-    assert one.samples >= 3 and three.samples >= 3
     assert 0.0 < one.time_s < 0.1 and 0.0 < three.time_s < 0.1
 
 

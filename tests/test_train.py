@@ -167,6 +167,9 @@ def test_cold_kv_is_never_quicker_than_warm() -> None:
 
 
 def test_bad_requests(tmp_path: Path) -> None:
+    for out in (tmp_path / "missing" / "predictor.npz", tmp_path):
+        with pytest.raises(InputError, match="must be a file in a folder that is there"):
+            train(tmp_path, out=out)
     with pytest.raises(InputError, match="folds: must be at least 2"):
         train(H100, folds=1)
     with pytest.raises(InputError, match="has no table conv_bf16; it has gemm_bf16"):

@@ -547,7 +547,8 @@ def test_a_rank_that_dies_fails_its_case_in_one_line(
 
 
 BAD: list[tuple[dict[str, Any], list[str], str]] = [
-    ({}, ["--replay", "nowhere"], "--replay nowhere: holds no live run"),
+    ({}, ["--replay", "nowhere"], "--replay nowhere: there is no such folder\n"),
+    ({}, ["--replay", str(ROOT)], f"--replay {ROOT}: holds no live run"),
     ({}, ["--case", "x"], "--case x: "),
     ({"parallel": {"replicas": 2}}, [], "the live runtime serves one replica, not 2"),
     ({"validate": {"runs": 0}}, [], "validate.runs: must be at least 1, not 0"),
@@ -573,6 +574,20 @@ def test_bad_input_is_exit_2_and_one_line(
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_replaying_a_set_of_which_some_is_recorded_says_what_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = ROOT / "experiments" / "validate"
+    whole = ["validate", str(sets / "full.yaml"), "--replay", str(sets / "records" / "full")]
+    assert main([*whole, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "fcfs-static.one-30: there is no such folder; " in error and error.count("\n") == 1
+    assert (
+        "lars-sharing.kvp2-60, lars-sharing.one-60, lars-sharing.spp2-60, lars-sharing.tp2-60 (--case"
+        in error
+    )
 
 
 # -- cases ------------------------------------------------------------------------------------------------

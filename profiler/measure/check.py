@@ -21,7 +21,7 @@ from runtime.runner import DTYPES, find_device
 from specs.devices import get_device
 from specs.errors import InputError
 
-CHECKED = ("gemm", "prefill_attention", "decode_attention", "norm", "layer")
+CHECKED = ("gemm", "prefill_attention", "decode_attention", "norm", "layer", "host", "iteration")
 POINTS = 5  # of each
 VISITS = 5
 TOLERANCE = 0.10  # of the median of an operator's points
@@ -67,8 +67,8 @@ def check(
     for drift in drifts:
         verdict = "holds" if drift.holds else "HAS MOVED"
         say(
-            f"{drift.operator:<18} {drift.points} points: {drift.change:+.1%} (worst {drift.worst:+.1%}, "
-            f"allowed ±{drift.allowed:.0%})  {verdict}"
+            f"{drift.operator:<18} {drift.points} points: median {drift.change:+.1%} (allowed "
+            f"±{drift.allowed:.0%}), worst {drift.worst:+.1%}  {verdict}"
         )
     holds = all(drift.holds for drift in drifts)
     say(f"{folder}: {'still holds' if holds else 'no longer holds; measure again with `convoy profile`'}")
