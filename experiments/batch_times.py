@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from experiments.config import QuantileTolerance
 from experiments.live_records import LiveRun
-from experiments.slow_moments import own_cores
+from experiments.slow_moments import slowdowns, slowness
 from policies.batch import Load
 from policies.sharding import Sharding, SlowestGroup
 from profiler.iteration import IterationModel
@@ -92,7 +92,7 @@ class BatchTimes:
         bound: what it is bound by, as :func:`sim.paced.bound_of` says.
         stage: that executed it.
         decodes: how many it holds.
-        own_cores: whether its ranks had their cores to themselves, see :mod:`experiments.slow_moments`.
+        slowness: see :func:`experiments.slow_moments.slowness`.
     """
 
     predicted_parts_s: FloatArray
@@ -104,7 +104,7 @@ class BatchTimes:
     bound: NDArray[np.int64]
     stage: NDArray[np.int64]
     decodes: NDArray[np.int64]
-    own_cores: NDArray[np.bool_]
+    slowness: FloatArray
 
     @property
     def predicted_s(self) -> FloatArray:
@@ -126,8 +126,16 @@ class BatchTimes:
         if self.stage.any():
             by_part[BETWEEN] = float(self.predicted_wait_s.sum()), float(self.measured_wait_s.sum())
         predicted_s, measured_s = self.predicted_s, self.measured_s
-        own_cores = ErrorSummary.of(predicted_s[self.own_cores], measured_s[self.own_cores])
+        alone = self.slowness == 0.0
+        own_cores = ErrorSummary.of(predicted_s[alone], measured_s[alone])
         return IterationErrors(ErrorSummary.of(predicted_s, measured_s), by_kind, own_cores, by_part)
+
+    def slowdowns(self) -> list[float]:
+        """How many times as long batches took in slow moments as on cores of their own, by their bounds."""
+        took = (self.predicted_s > 0.0) & (self.measured_s > 0.0)
+        predicted_s = self.predicted_s[took]
+        ratio = self.measured_s[took] / predicted_s
+        return slowdowns(self.bound[took], ratio, predicted_s, self.slowness[took])
 
     @staticmethod
     def joined(parts: Sequence[BatchTimes]) -> BatchTimes:
@@ -193,7 +201,7 @@ def batch_times(run: LiveRun, workload: Workload, cost: IterationModel, sharding
         bound=np.array(bounds, dtype=np.int64)[at],
         stage=np.asarray(batches["stage"], dtype=np.int64),
         decodes=np.array([len(shape.decodes) for shape in shapes], dtype=np.int64)[at],
-        own_cores=own_cores(run),
+        slowness=slowness(run),
     )
 
 

@@ -21,6 +21,7 @@ from experiments.serving_config import (
 )
 from experiments.swept_config import RangeConfig, SweptValues, check_rows
 from experiments.tolerances import (
+    SPEEDS,
     MeasuredTolerance,
     QuantileTolerance,
     RequestTolerance,
@@ -31,6 +32,7 @@ from experiments.tolerances import (
 __all__ = [
     "MAX_CASES",
     "NOT_VARIED",
+    "SPEEDS",
     "CapacityConfig",
     "Config",
     "MeasuredTolerance",

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from experiments.batch_times import batch_shapes
 from experiments.build import Experiment
-from experiments.config import QuantileTolerance, RequestTolerance, Speed
+from experiments.config import SPEEDS, QuantileTolerance, RequestTolerance, Speed
 from experiments.live_records import LiveRun
 from profiler.kernels import Wanted, find_profile
 from profiler.predictor import load_predictor
@@ -102,11 +102,13 @@ class Comparison:
     Attributes:
         live_s: mean over the live runs.
         error: simulated ÷ live − 1.
+        error_probed: the same of simulations with the slow moments of each live run, in the mean; None if
+            cores weren't probed.
         error_at_pace: the same of simulations at the pace that the batches of the live runs had, in the mean.
         scatter_at_pace: standard deviation of these ÷ their mean: by chance alone, as live runs differ.
         noise: largest difference between two live runs ÷ their mean; None with a single one.
         allowed: the size of error that passes; None if this statistic decides nothing.
-        speed: which of the two errors must pass; the same for all of a table.
+        speed: which of the errors must pass; the same for all of a table.
         is_noisy: the live runs differ by more than a verdict can be based on.
     """
 
@@ -115,6 +117,7 @@ class Comparison:
     simulated_s: float
     live_s: float
     error: float
+    error_probed: float | None
     error_at_pace: float
     scatter_at_pace: float
     noise: float | None
@@ -125,7 +128,9 @@ class Comparison:
     @property
     def judged(self) -> float:
         """The error that must pass."""
-        return self.error if self.speed == "profile" else self.error_at_pace
+        if self.speed == "probed" and self.error_probed is not None:
+            return self.error_probed
+        return self.error_at_pace if self.speed == "measured" else self.error
 
     @property
     def is_outside(self) -> bool:
@@ -138,36 +143,43 @@ class Comparison:
 
 def compare_requests(
     simulated: Mapping[str, Any],
+    slowed: Sequence[Mapping[str, Any]],
     at_pace: Sequence[Mapping[str, Any]],
     live: Sequence[Mapping[str, Any]],
     tolerance: RequestTolerance,
 ) -> list[Comparison]:
-    """The table of the request rung, from the summaries of the simulation, of simulations at the measured
-    pace, and of the live runs.
+    """The table of the request rung, from the summaries of the simulation, of simulations with the slow
+    moments of each live run (none if they aren't known), of simulations at the measured pace, and of the live
+    runs.
 
     A latency without samples on either side has no rows; with samples on one side only its error is infinite.
-    If all that decide are within what is allowed as they are, that is what they are judged by; else by
-    ``tolerance.speed``.
+    They are judged by the first speed at which all that decide are within what is allowed: as of the profile,
+    with slow moments as probed, at pace; or else by ``tolerance.speed``, the last one that counts.
     """
     rows = []
     for metric in METRICS:
-        sides = [summary.get(metric) for summary in (simulated, *at_pace, *live)]
+        sides = [summary.get(metric) for summary in (simulated, *slowed, *at_pace, *live)]
         if all(side is None for side in sides):
             continue
         for statistic in STATISTICS:
             simulated_s, *others_s = [
                 float("nan") if side is None else float(side[statistic]) for side in sides
             ]
+            slowed_s, others_s = others_s[: len(slowed)], others_s[len(slowed) :]
             at_pace_s, live_s = others_s[: len(at_pace)], others_s[len(at_pace) :]
-            rows.append(_compare(metric, statistic, simulated_s, at_pace_s, live_s, tolerance))
-    as_it_is = [replace(row, speed="profile") for row in rows]
-    return rows if any(row.is_outside for row in as_it_is) else as_it_is
+            rows.append(_compare(metric, statistic, simulated_s, slowed_s, at_pace_s, live_s, tolerance))
+    for speed in SPEEDS[: SPEEDS.index(tolerance.speed)]:
+        judged = [replace(row, speed=speed) for row in rows]
+        if not any(row.is_outside for row in judged):
+            return judged
+    return rows
 
 
 def _compare(
     metric: str,
     statistic: str,
     simulated_s: float,
+    slowed_s: Sequence[float],
     at_pace_s: Sequence[float],
     live_s: Sequence[float],
     tolerance: RequestTolerance,
@@ -185,6 +197,7 @@ def _compare(
         simulated_s,
         mean_s,
         error=_error(simulated_s, mean_s),
+        error_probed=_error(float(np.mean(slowed_s)), mean_s) if slowed_s else None,
         error_at_pace=_error(float(np.mean(at_pace_s)), mean_s),
         scatter_at_pace=float(np.std(at_pace_s) / np.mean(at_pace_s)) if np.mean(at_pace_s) > 0 else 0.0,
         noise=noise,

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from experiments.batch_times import BatchTimes, IterationErrors, batch_times
 from experiments.build import Experiment
-from experiments.config import ValidateConfig
+from experiments.config import Speed, ValidateConfig
 from experiments.ladder import Comparison, OperatorErrors, compare_requests, operator_errors
 from experiments.live import summarize_live
 from experiments.live_records import LiveRun, fingerprint
 from experiments.pace import Leftover, leftover, measured_paces
 from experiments.run import summarize_run
+from experiments.slow_moments import slow_moments, slow_share
 from experiments.text import percent
 from sim.paced import Pace, simulate_paced
 from sim.replayed import Parity, replay
+from sim.slowed import simulate_slowed
 from traces.records import RunRecords
 
 Status = Literal["holds", "broken", "unknown"]
 
 DECIDING = ("decisions", "request")
+HOW: Mapping[Speed, str] = {
+    "profile": "as it is",
+    "probed": "with the machine's slow moments",
+    "measured": "at pace",
+}
 _SIMULATIONS = 10  # at the measured pace, each with other draws
 _COUNTS = 0.05  # share of the predicted time from which an operator's errors count
 
@@ -46,6 +53,7 @@ class Ladder:
         comparisons: the table of the requests.
         speed: batch times as measured ÷ as predicted, all of them together.
         paces: of each stage, as its batches had it.
+        slowdowns: how many times as long batches took in slow moments, by ``BOUNDS``.
         leftover: what they leave of the errors of batch times.
         at_pace: simulations at them.
         tolerance: what the rungs were judged by.
@@ -58,6 +66,7 @@ class Ladder:
     comparisons: Sequence[Comparison]
     speed: float
     paces: Sequence[Pace]
+    slowdowns: Sequence[float]
     leftover: Leftover | None
     at_pace: Sequence[RunRecords]
     tolerance: ValidateConfig
@@ -84,19 +93,39 @@ def climb(experiment: Experiment, simulated: dict[str, Any], runs: Sequence[Live
     parities = [replay(workload, with_capacity_of(run, experiment).setup, run.times()) for run in runs]
     same_cost = all(run.cost in ("", fingerprint(setup.cost)) for run in runs)
     speed = iterations.total.measured_over_predicted if iterations.total is not None else 1.0
+    slowdowns = times.slowdowns()
     paces = measured_paces(times, experiment.parallel.spp)
     at_pace = [whole(simulate_paced(workload, setup, paces, seed)) for seed in range(_SIMULATIONS)]
     summaries = [summarize_run(records, experiment) for records in at_pace]
+    slowed = [
+        summarize_run(
+            whole(simulate_slowed(workload, setup, slow_moments(run, experiment.parallel.spp), slowdowns)),
+            experiment,
+        )
+        for run in runs
+        if slow_share(run) is not None
+    ]
     measured = [summarize_live(run.records, experiment) for run in runs]
-    comparisons = compare_requests(simulated, summaries, measured, tolerance.request)
+    comparisons = compare_requests(simulated, slowed, summaries, measured, tolerance.request)
     rungs = (
         _operator_rung(operators, tolerance),
         _iteration_rung(iterations, tolerance),
         _decision_rung(parities, same_cost),
         _request_rung(comparisons, tolerance.request.most_noise),
     )
-    left = leftover(times, paces)
-    return Ladder(rungs, operators, iterations, parities, comparisons, speed, paces, left, at_pace, tolerance)
+    return Ladder(
+        rungs=rungs,
+        operators=operators,
+        iterations=iterations,
+        parities=parities,
+        comparisons=comparisons,
+        speed=speed,
+        paces=paces,
+        slowdowns=slowdowns,
+        leftover=leftover(times, paces),
+        at_pace=at_pace,
+        tolerance=tolerance,
+    )
 
 
 def whole(records: RunRecords) -> RunRecords:
@@ -172,16 +201,17 @@ def _request_rung(comparisons: Sequence[Comparison], most_noise: float) -> Rung:
         return Rung("request", "broken", "there is no latency to compare: no request got that far")
     outside = [each for each in deciding if each.is_outside]
     if outside:
-        how = "at pace " if outside[0].speed == "measured" else ""
-        return Rung("request", "broken", how + "; ".join(map(_comparison_text, outside)))
+        text = "; ".join(map(_comparison_text, outside))
+        return Rung("request", "broken", f"{HOW[outside[0].speed]}: {text}")
     noisy = [each for each in deciding if each.is_noisy]
     if noisy:
         worst = max(noisy, key=lambda each: each.noise or 0.0)
         differ = f"the live runs differ by {percent(worst.noise or 0.0)} in {_name(worst)}"
         return Rung("request", "unknown", f"{differ}, {percent(most_noise)} at most say something")
     nearest = max(deciding, key=lambda each: abs(each.judged) / (each.allowed or 1.0))
-    how = "at pace" if nearest.speed == "measured" else "as it is"
-    return Rung("request", "holds", f"{how}; nearest to its limit: {_comparison_text(nearest)}")
+    return Rung(
+        "request", "holds", f"{HOW[nearest.speed]}; nearest to its limit: {_comparison_text(nearest)}"
+    )
 
 
 def _comparison_text(each: Comparison) -> str:

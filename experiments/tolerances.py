@@ -13,7 +13,9 @@ Allowed = Positive | Annotated[dict[Statistic, Positive], Field(min_length=1)]
 Latency = Literal["ttft_s", "tpot_s", "tbt_s", "e2e_s"]
 _JUDGED_STATISTICS: tuple[Statistic, ...] = ("mean", "p50", "p99")
 _JUDGED: tuple[Latency, ...] = ("ttft_s", "tpot_s")
-Speed = Literal["profile", "measured"]
+Speed = Literal["profile", "probed", "measured"]
+SPEEDS: tuple[Speed, ...] = ("profile", "probed", "measured")
+"""From the one that takes nothing from the live runs to the one that takes most."""
 
 
 class QuantileTolerance(Section):
@@ -28,9 +30,9 @@ class RequestTolerance(QuantileTolerance):
     live runs is allowed too, if that is larger. Live runs that differ by more than ``most_noise`` say too
     little to judge a latency by.
 
-    ``speed`` says at which pace of the machine the simulation is judged: that of its profile alone; or,
-    unless all is within bounds at that, the one that the batches of the live runs had (see
-    ``experiments.pace``).
+    ``speed`` says at which speed of the machine the simulation may be judged: that of its profile alone; or,
+    unless all is within bounds at that, with the slow moments that probes found (``sim.slowed``); or else at
+    the pace that the batches of the live runs had (``experiments.pace``).
     """
 
     p90: Positive = 0.10

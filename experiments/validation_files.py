@@ -133,6 +133,7 @@ def verdict_data(outcome: Outcome) -> dict[str, Any]:
             "paces": [pace_data(pace) for pace in ladder.paces],
             "requests": [asdict(each) | {"passes": each.passes} for each in ladder.comparisons],
             "iterations": asdict(ladder.iterations),
+            "slowdowns": dict(zip(BOUNDS, ladder.slowdowns, strict=True)),
             "leftover": None if ladder.leftover is None else asdict(ladder.leftover),
             "operators": [asdict(each) for each in ladder.operators],
             "decisions": [asdict(each) for each in ladder.parities],

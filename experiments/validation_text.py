@@ -10,7 +10,7 @@ from experiments.blame import blame
 from experiments.ladder import Comparison
 from experiments.live import describe_runtime
 from experiments.pace import FEWEST
-from experiments.rungs import Ladder, signed
+from experiments.rungs import HOW, Ladder, signed
 from experiments.slow_moments import slow_share
 from experiments.tables import print_table
 from experiments.text import percent, seconds
@@ -18,10 +18,12 @@ from experiments.validation_files import Outcome, pace_data
 from sim.paced import BOUNDS, Pace
 
 _DISTURBED = 0.01  # share of a live run without a core from which it is worth saying
+_KINDS = ("decodes", "with chunks", "bound by attention")  # as in BOUNDS
 _NUMBERS = (
     "simulated",
     "live",
     "error",
+    "probed",
     "at pace",
     "live noise",
     "allowed",
@@ -39,11 +41,11 @@ def print_outcome(outcome: Outcome) -> None:
     if outcome.replayed:
         runs += " from disk"
     title = f"{outcome.name}: simulated against {runs} ({describe_runtime(outcome.experiment)})"
-    if ladder is not None and any(each.speed == "measured" for each in ladder.comparisons):
-        title += ", judged at pace"
+    if ladder is not None and ladder.comparisons:
+        title += f", judged {HOW[ladder.comparisons[0].speed]}"
     if ladder is not None:
         print_table(
-            ("latency", "", "simulated", "live", "error", "at pace", "live noise", "allowed", ""),
+            ("latency", "", "simulated", "live", "error", "probed", "at pace", "live noise", "allowed", ""),
             [_comparison(each) for each in ladder.comparisons],
             title=title,
             right=_NUMBERS,
@@ -64,10 +66,12 @@ def print_outcome(outcome: Outcome) -> None:
             share = percent(run.waited_share)
             print(f"live run {number}: other work had the engine's core for {share} of the time")
         if (share_slow := slow_share(run) or 0.0) > _DISTURBED:
-            print(
-                f"live run {number}: a core was slow at {percent(share_slow)} of the probes: "
-                "another machine was on it too"
-            )
+            print(f"live run {number}: somebody else was on a core at {percent(share_slow)} of the probes")
+    if ladder is not None and max(ladder.slowdowns) > 1.0:
+        slower = ", ".join(
+            f"{name} {factor:.2f}" for name, factor in zip(_KINDS, ladder.slowdowns, strict=True)
+        )
+        print(f"then batches took so many times as long as on cores of their own: {slower}")
     print(f"{outcome.name}: {verdict(outcome)}\n")
 
 
@@ -107,10 +111,9 @@ def _of_ladder(ladder: Ladder) -> str:
 
 def _pace(stage: int, pace: Pace, stages: int) -> str:
     where = f" in stage {stage}" if stages > 1 else ""
-    names = ("decodes", "with chunks", "bound by attention")
     data = pace_data(pace)
     factors = []
-    for name, bound in zip(names, BOUNDS, strict=True):
+    for name, bound in zip(_KINDS, BOUNDS, strict=True):
         found = data[bound]
         if found is None:
             factors.append(f"{name} as all (fewer than {FEWEST})")
@@ -126,6 +129,7 @@ def _comparison(each: Comparison) -> tuple[str, ...]:
         seconds(each.simulated_s),
         seconds(each.live_s),
         signed(each.error),
+        "" if each.error_probed is None else signed(each.error_probed),
         signed(each.error_at_pace),
         "" if each.noise is None else percent(each.noise),
         "" if each.allowed is None else percent(each.allowed),

@@ -304,7 +304,7 @@ def test_paces_are_sums_by_bound_and_stage() -> None:
     factor = np.where(stage == 1, 4.0, np.array([2.0, 3.0, 5.0])[bound])
     parts_s = np.stack([predicted_s, np.zeros(39), np.zeros(39)], axis=1)
     waits_s = np.zeros((2, 39))
-    held = (0 * bound, bound, stage, 0 * bound, bound < 0)
+    held = (0 * bound, bound, stage, 0 * bound, 0.0 * bound)
     times = BatchTimes(parts_s, parts_s * np.nan, factor * predicted_s, *waits_s, *held)
     first, second, third = measured_paces(times, 3)
     of_all = float((factor * predicted_s)[:29].sum() / predicted_s[:29].sum())
@@ -370,26 +370,40 @@ def test_an_error_may_be_as_large_as_the_tolerance_or_the_noise() -> None:
     # Live runs of 0.9 and 1.1 s: 20 % noise, so 30 % are allowed.
     rows = {
         (row.metric, row.statistic): row
-        for row in compare_requests(summary(1.29), [summary(1.1)], [summary(0.9), summary(1.1)], tolerance)
+        for row in compare_requests(
+            summary(1.29), [], [summary(1.1)], [summary(0.9), summary(1.1)], tolerance
+        )
     }
     ttft = rows["ttft_s", "p50"]
     assert (ttft.live_s, ttft.error, ttft.noise, ttft.allowed) == pytest.approx((1.0, 0.29, 0.2, 0.3))
     assert ttft.passes and rows["ttft_s", "p99"].allowed is None
     tpot = rows["tpot_s", "p90"]
     assert (tpot.error, tpot.noise, tpot.allowed) == pytest.approx((0.0, 0.0, 0.1))
-    late = compare_requests(summary(1.31), [summary(1.0)], [summary(0.9), summary(1.1)], tolerance)
+    late = compare_requests(summary(1.31), [], [summary(1.0)], [summary(0.9), summary(1.1)], tolerance)
     assert not all(row.passes for row in late)
     fair = tolerance.model_copy(update={"speed": "measured"})
-    assert all(row.passes for row in compare_requests(summary(2.0), [summary(1.04)], [summary(1.0)], fair))
-    several = compare_requests(summary(1.0), [summary(0.9), summary(1.3)], [summary(1.0)], tolerance)
+    paced = compare_requests(summary(2.0), [summary(1.5)], [summary(1.04)], [summary(1.0)], fair)
+    assert all(row.passes and row.speed == "measured" for row in paced)
+    slowed = compare_requests(
+        summary(2.0), [summary(0.9), summary(1.14)], [summary(1.5)], [summary(1.0)], fair
+    )
+    assert all(row.passes and row.speed == "probed" for row in slowed)
+    assert slowed[0].error_probed == pytest.approx(0.02) == pytest.approx(slowed[0].judged)
+    as_it_is = compare_requests(summary(1.0), [summary(2.0)], [summary(2.0)], [summary(1.0)], fair)
+    assert all(row.passes and row.speed == "profile" for row in as_it_is)
+    strict = compare_requests(summary(2.0), [summary(1.0)], [summary(1.0)], [summary(1.0)], tolerance)
+    assert {
+        (row.passes, row.speed) for row in strict if row.metric == "ttft_s" and row.allowed is not None
+    } == {(False, "profile")}
+    several = compare_requests(summary(1.0), [], [summary(0.9), summary(1.3)], [summary(1.0)], tolerance)
     assert several[0].error_at_pace == pytest.approx(0.1) and several[0].error == 0.0
     assert several[0].scatter_at_pace == pytest.approx(0.2 / 1.1)
-    alone = compare_requests(summary(1.06), [summary(1.0)], [summary(1.0)], tolerance)
+    alone = compare_requests(summary(1.06), [], [summary(1.0)], [summary(1.0)], tolerance)
     assert alone[0].noise is None and not all(row.passes for row in alone)
 
 
 def test_a_latency_that_one_side_lacks_never_passes() -> None:
-    rows = compare_requests(summary(1.0, None), [summary(1.0)], [summary(1.0)], RequestTolerance())
+    rows = compare_requests(summary(1.0, None), [], [summary(1.0)], [summary(1.0)], RequestTolerance())
     tpot = [row for row in rows if row.metric == "tpot_s"]
     assert tpot and all(row.error == float("inf") for row in tpot)
     assert not all(row.passes for row in tpot)

@@ -18,12 +18,13 @@ from experiments.live_records import LiveRun
 from experiments.pace import leftover, measured_paces
 from experiments.run import summarize_run
 from experiments.rungs import Ladder, climb
-from experiments.slow_moments import own_cores, slow_share
+from experiments.slow_moments import slow_moments, slow_share, slowdowns, slowness
 from experiments.text import percent
 from experiments.validation_files import Outcome, pace_data, write_case
 from experiments.validation_text import print_outcome, verdict
 from sim.cluster import simulate
 from sim.paced import Factors, Pace
+from sim.slowed import SlowMoments, simulate_slowed
 from tests.test_validate import experiment, noted
 from traces.stored import read_host_csv
 
@@ -49,18 +50,64 @@ def probed(made: Experiment, start_s: list[float], probe_s: list[float], stage: 
 
 def test_a_batch_has_its_core_to_itself_between_two_quick_probes(tmp_path: Path) -> None:
     """By hand. Probes of 10 are usual, one of 20 is slow; 0 is none."""
+    nothing = pytest.approx(float("nan"), nan_ok=True)
     made = experiment(tmp_path)
     run = probed(made, [0.0, 0.01, 0.02, 0.03, 0.04, 0.05], [10.0, 0.0, 20.0, 10.3, 0.0, 10.0], [0] * 6)
-    assert own_cores(run).tolist() == [False, False, False, True, True, True]
+    assert slowness(run).tolist() == [0.5, 0.5, 0.5, 0.0, 0.0, 0.0]
     assert slow_share(run) == pytest.approx(1 / 4)
     # The next probe is slow, but comes after a pause: it says nothing of the batch before.
     paused = probed(made, [0.0, 0.5], [10.0, 20.0], [0, 0])
-    assert own_cores(paused).tolist() == [True, False]
+    assert slowness(paused).tolist() == [0.0, 1.0]
     # Each stage has its own cores; of what was before its first probe nothing is known.
     two = probed(made, [0.0, 0.0, 0.01, 0.01], [10.0, 0.0, 10.0, 20.0], [0, 1, 0, 1])
-    assert own_cores(two).tolist() == [True, False, True, False]
+    assert slowness(two).tolist() == [0.0, nothing, 0.0, 1.0]
+    assert slow_moments(two, 2) == [SlowMoments([0.0, 0.01], [False, False]), SlowMoments([0.01], [True])]
     without = probed(made, [0.0, 0.01], [0.0, 0.0], [0, 0])
-    assert slow_share(without) is None and not own_cores(without).any()
+    assert slow_share(without) is None and slowness(without).tolist() == [nothing, nothing]
+    assert slow_moments(without, 1) == [SlowMoments()]
+
+
+def test_slow_batches_are_held_against_those_on_own_cores() -> None:
+    """By hand: decodes took 1.2 times as predicted on own cores and 1.8 in slow moments; of chunks there are
+    too few on one side, which take what all took: (12 + 8 · 1) ÷ 20 = 1 and (18 + 22) ÷ 20 = 2 times."""
+    bound = np.array([0] * 20 + [1] * 18)
+    slow = np.array([0.0] * 10 + [1.0] * 10 + [0.0] * 8 + [1.0] * 10)
+    ratio = np.array([1.2] * 10 + [1.8] * 10 + [0.75] * 8 + [2.2] * 10)
+    found = slowdowns(bound, ratio, np.ones(38), slow)
+    everything = 2.0 / ((12.0 + 6.0) / 18.0)
+    assert found == pytest.approx([1.5, everything, everything])
+    # Halfway ones and those of which nothing is known count on neither side; nothing is quicker when slow.
+    assert slowdowns(bound, ratio, np.ones(38), slow * 0.5) == [1.0, 1.0, 1.0]
+    assert slowdowns(bound, 1.0 / ratio, np.ones(38), slow)[0] == 1.0
+    # The level doesn't matter, however well batches are predicted.
+    assert slowdowns(bound, 3.0 * ratio, np.ones(38), slow) == pytest.approx(found)
+
+
+def test_a_share_of_slow_moments_is_that_of_the_probes_around() -> None:
+    """By hand: those within, the one before and the one after."""
+    moments = SlowMoments([1.0, 2.0, 3.0, 4.0], [False, True, True, False])
+    assert moments.share(2.1, 2.9) == 1.0
+    assert moments.share(1.5, 2.5) == pytest.approx(2 / 3)
+    assert moments.share(0.0, 0.5) == 0.0 and moments.share(9.0, 9.5) == 0.0
+    assert moments.share(0.0, 9.0) == 0.5
+    assert SlowMoments().share(0.0, 1.0) == 0.0
+
+
+def test_slow_moments_slow_down_what_falls_into_them(tmp_path: Path) -> None:
+    """Requests one at a time: those while the machine is slow take longer, by what binds them."""
+    made = experiment(tmp_path, scheduler={"priority": "fcfs", "chunking": "static", "chunk_tokens": 4096})
+    one = replace(made.workload, arrival_s=np.arange(len(made.workload)) * 100.0)
+    half_s = 50.0 * len(one)
+    at_s = np.arange(0.0, 2 * half_s, 0.5)
+    moments = [SlowMoments(at_s.tolist(), (at_s >= half_s - 50.0).tolist())]
+    plain = simulate(one, made.setup)
+    slowed = simulate_slowed(one, made.setup, moments, (3.0, 2.0, 9.0))
+    factor = np.where(one.arrival_s >= half_s, 2.0, 1.0)
+    np.testing.assert_allclose(slowed.ttft_s, factor * plain.ttft_s, rtol=1e-6)
+    rest_s = plain.e2e_s - plain.ttft_s
+    np.testing.assert_allclose(slowed.e2e_s - slowed.ttft_s, (2 * factor - 1) * rest_s, rtol=1e-6, atol=1e-12)
+    with pytest.raises(ValueError, match="there are 3 slowdowns, not 1"):
+        simulate_slowed(one, made.setup, moments, (1.0,))
 
 
 def test_host_times_of_older_runs_have_no_probes(tmp_path: Path) -> None:
@@ -100,8 +147,8 @@ def times(bound: list[int], decodes: list[int], factor: list[float]) -> BatchTim
     parts_s = np.stack([np.ones(count), np.zeros(count), np.zeros(count)], axis=1)
     waits_s = np.zeros((2, count))
     held = (np.zeros(count, dtype=np.int64), np.array(bound), np.zeros(count, dtype=np.int64))
-    own = np.zeros(count, dtype=bool)
-    return BatchTimes(parts_s, parts_s * np.nan, np.array(factor), *waits_s, *held, np.array(decodes), own)
+    known = np.array(decodes), np.zeros(count)
+    return BatchTimes(parts_s, parts_s * np.nan, np.array(factor), *waits_s, *held, *known)
 
 
 def test_what_pace_leaves_is_what_like_batches_are_off_by() -> None:
@@ -174,7 +221,7 @@ def test_as_it_is_comes_before_at_pace(tmp_path: Path) -> None:
     _, slower = noted(made)
     failed = ladder(made, slower)
     assert not failed.passes and {each.speed for each in failed.comparisons} == {"measured"}
-    assert failed.rungs[-1].text.startswith("at pace TTFT p50 ")
+    assert failed.rungs[-1].text.startswith("at pace: TTFT p50 ")
 
 
 def test_live_runs_that_differ_too_much_give_no_verdict(
