@@ -24,7 +24,7 @@ from runtime.weights import Part, load_weights
 from specs import ModelSpec, ParallelSpec
 from specs.errors import InputError
 
-_PROBE_OPERATIONS = 15  # 17 µs twice, of every 10 ms
+_PROBE_OPERATIONS = 15  # 15 µs twice, of every 10 ms
 _PROBE_EVERY_S = 0.01
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
