@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from experiments.config import QuantileTolerance
 from experiments.live_records import LiveRun
-from experiments.slow_moments import slowdowns, slowness
 from policies.batch import Load
 from policies.sharding import Sharding, SlowestGroup
 from profiler.iteration import IterationModel
@@ -68,6 +67,8 @@ class IterationErrors:
         total: of all batches together.
         by_kind: by what a batch holds.
         own_cores: of those in moments in which the run had its cores to itself; None without probes.
+        kernels: predicted ÷ measured − 1 of the layers and the LM head, all batches together; of those on own
+            cores if there are any. None if the live run didn't record it.
         by_part: seconds of each of ``PARTS`` and, in a pipeline, ``BETWEEN``, all batches together, as
             (predicted, measured); without ``PARTS`` if the live run didn't record them.
     """
@@ -75,6 +76,7 @@ class IterationErrors:
     total: ErrorSummary | None
     by_kind: Mapping[str, ErrorSummary]
     own_cores: ErrorSummary | None
+    kernels: float | None
     by_part: Mapping[str, tuple[float, float]]
 
 
@@ -92,7 +94,7 @@ class BatchTimes:
         bound: what it is bound by, as :func:`sim.paced.bound_of` says.
         stage: that executed it.
         decodes: how many it holds.
-        slowness: see :func:`experiments.slow_moments.slowness`.
+        slowness: see :meth:`experiments.slow_moments.Probes.slowness`; NaN until that is looked up.
     """
 
     predicted_parts_s: FloatArray
@@ -128,14 +130,15 @@ class BatchTimes:
         predicted_s, measured_s = self.predicted_s, self.measured_s
         alone = self.slowness == 0.0
         own_cores = ErrorSummary.of(predicted_s[alone], measured_s[alone])
-        return IterationErrors(ErrorSummary.of(predicted_s, measured_s), by_kind, own_cores, by_part)
+        kernels = self._kernels(alone if alone.any() else np.ones(len(alone), dtype=bool))
+        return IterationErrors(ErrorSummary.of(predicted_s, measured_s), by_kind, own_cores, kernels, by_part)
 
-    def slowdowns(self) -> list[float]:
-        """How many times as long batches took in slow moments as on cores of their own, by their bounds."""
-        took = (self.predicted_s > 0.0) & (self.measured_s > 0.0)
-        predicted_s = self.predicted_s[took]
-        ratio = self.measured_s[took] / predicted_s
-        return slowdowns(self.bound[took], ratio, predicted_s, self.slowness[took])
+    def _kernels(self, rows: NDArray[np.bool_]) -> float | None:
+        in_them = slice(0, PARTS.index("host"))
+        measured_s = float(self.measured_parts_s[rows, in_them].sum())
+        if not measured_s > 0.0:  # NaN, too
+            return None
+        return float(self.predicted_parts_s[rows, in_them].sum()) / measured_s - 1.0
 
     @staticmethod
     def joined(parts: Sequence[BatchTimes]) -> BatchTimes:
@@ -201,7 +204,7 @@ def batch_times(run: LiveRun, workload: Workload, cost: IterationModel, sharding
         bound=np.array(bounds, dtype=np.int64)[at],
         stage=np.asarray(batches["stage"], dtype=np.int64),
         decodes=np.array([len(shape.decodes) for shape in shapes], dtype=np.int64)[at],
-        slowness=slowness(run),
+        slowness=np.full(len(at), np.nan),
     )
 
 

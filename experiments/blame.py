@@ -2,20 +2,20 @@
 
 With the times of a live run fed back, a simulation that decides as the run did has its very latencies: every
 batch begins and ends when it did. So where decisions hold, whatever is wrong with the requests comes from
-batch times, or from what lies between stages. What is said beside that depends on what was judged: a
-simulation as it is has all errors of batch times; one at pace has their sum right for each stage and bound,
-and is wrong by what like batches are off, by what lies between stages, or by chance.
+batch times, from what lies between stages, or from which batch meets which slow moment. A simulation as it is
+has all errors of batch times. One at pace has their sum right for each stage and bound; it can be wrong by
+what like batches are off by, by what lies between stages, by chance, and because it draws stages and bounds
+apart though a slow moment slows all of them. How much each of the first three comes to is said; what they
+don't explain is left to the fourth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 
-from experiments.batch_times import BETWEEN, PARTS
-from experiments.ladder import Comparison
-from experiments.pace import Leftover
-from experiments.rungs import Ladder, signed
+from experiments.batch_times import BETWEEN
+from experiments.rungs import SIMULATIONS, Ladder, signed
 from experiments.text import percent
 
 
@@ -39,34 +39,35 @@ def blame(ladder: Ladder) -> Blame | None:
         return Blame(rung.name, rung.text)
     if any(each.is_outside and each.judged == float("inf") for each in ladder.comparisons):
         return Blame("request", request.text)
-    fed_back = "with the measured times fed back it decides alike, so batch times are to blame"
+    fed_back = "with the measured times fed back it decides alike, so what differs is batch times"
     if any(each.speed == "measured" for each in ladder.comparisons):
-        return Blame("iteration", f"{fed_back}: {_left_at_pace(ladder)}")
-    if operator.status == "broken" and _kernels_are_off(ladder):
-        return Blame("operator", f"{fed_back}, and kernels for theirs: {operator.text}")
+        return Blame("iteration", f"{fed_back}, or which of them comes when: {_left_at_pace(ladder)}")
+    kernels = ladder.iterations.kernels
+    kernels_are_off = kernels is None or abs(kernels) > ladder.tolerance.iteration.p50
+    if operator.status == "broken" and kernels_are_off:
+        return Blame("operator", f"{fed_back}, and kernels': {operator.text}")
     return Blame("iteration", f"{fed_back}: {iteration.text}")
 
 
 def _left_at_pace(ladder: Ladder) -> str:
-    """What a simulation at pace can be wrong by, each beside its size."""
+    """What is off, in standard errors of chance, and what a simulation at pace can be wrong by."""
+    runs = len(ladder.parities)
     parts = []
-    left: Leftover | None = ladder.leftover
-    if left is not None:
+    for each in ladder.comparisons:
+        chance = each.scatter_at_pace * math.sqrt(1.0 / SIMULATIONS + 1.0 / runs)
+        if each.is_outside and chance > 0.0:
+            name = f"{each.metric.removesuffix('_s').upper()} {each.statistic}"
+            parts.append(f"{name} is off by {abs(each.judged) / chance:.1f} standard errors of chance")
+    left = ladder.leftover
+    if left is not None and left.share > left.by_chance:
         worst = f"{left.worst} {signed(left.worst_error)} over {percent(left.worst_share)} of the time"
-        parts.append(f"at pace like batches are off by {percent(left.share)} ({worst})")
+        parts.append(f"like batches by {percent(left.share)}, {percent(left.by_chance)} by chance ({worst})")
+    elif left is not None:
+        parts.append(f"like batches by {percent(left.share)}, which is chance")
     off = _gaps_off(ladder)
     if off is not None:
-        parts.append(f"what lies between stages by {percent(abs(off))}")
-    outside = [each for each in ladder.comparisons if each.is_outside]
-    parts.append(f"simulations differ by chance by {_chance(outside)}")
-    return ", ".join(parts)
-
-
-def _chance(outside: Sequence[Comparison]) -> str:
-    return ", ".join(
-        f"±{percent(each.scatter_at_pace)} ({each.metric.removesuffix('_s').upper()} {each.statistic})"
-        for each in outside
-    )
+        parts.append(f"what lies between stages by {percent(abs(off))} of the time")
+    return "; ".join(parts)
 
 
 def _gaps_off(ladder: Ladder) -> float | None:
@@ -77,13 +78,3 @@ def _gaps_off(ladder: Ladder) -> float | None:
     predicted_s, measured_s = by_part[BETWEEN]
     total_s = sum(taken_s for _, taken_s in by_part.values())
     return (predicted_s - measured_s) / total_s if total_s > 0.0 else None
-
-
-def _kernels_are_off(ladder: Ladder) -> bool:
-    """Whether kernels take another time, all batches together, than is predicted; yes if unknown."""
-    by_part = ladder.iterations.by_part
-    if not all(part in by_part for part in PARTS):
-        return True
-    (layers_s, live_layers_s), (head_s, live_head_s) = (by_part[part] for part in PARTS[:2])
-    measured_s = live_layers_s + live_head_s
-    return abs(layers_s + head_s - measured_s) > ladder.tolerance.iteration.p50 * measured_s

@@ -154,7 +154,7 @@ def compare_requests(
 
     A latency without samples on either side has no rows; with samples on one side only its error is infinite.
     They are judged by the first speed at which all that decide are within what is allowed: as of the profile,
-    with slow moments as probed, at pace; or else by ``tolerance.speed``, the last one that counts.
+    with slow moments if they were probed, at pace; or else by the last one up to ``tolerance.speed``.
     """
     rows = []
     for metric in METRICS:
@@ -168,11 +168,14 @@ def compare_requests(
             slowed_s, others_s = others_s[: len(slowed)], others_s[len(slowed) :]
             at_pace_s, live_s = others_s[: len(at_pace)], others_s[len(at_pace) :]
             rows.append(_compare(metric, statistic, simulated_s, slowed_s, at_pace_s, live_s, tolerance))
-    for speed in SPEEDS[: SPEEDS.index(tolerance.speed)]:
+    judged: list[Comparison] = []
+    for speed in SPEEDS[: SPEEDS.index(tolerance.speed) + 1]:
+        if speed == "probed" and not slowed:
+            continue
         judged = [replace(row, speed=speed) for row in rows]
         if not any(row.is_outside for row in judged):
-            return judged
-    return rows
+            break
+    return judged
 
 
 def _compare(

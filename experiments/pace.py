@@ -7,17 +7,21 @@ So each stage has the factors of its batches, by what they are bound by. No late
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from experiments.alike import alike
 from experiments.batch_times import BatchTimes
 from sim.paced import BOUNDS, Factors, Pace
 
 FEWEST = 10  # batches of one bound that have factors of their own
-_WORDS = ("decodes of {}", "chunks with {} decodes", "chunks bound by attention with {} decodes")
+_WORDS = ("batches of {} decodes", "chunks with {} decodes", "chunks bound by attention with {} decodes")
+_SHIFTS = 40  # of factors against batches, to see what is left by chance
+
+FloatArray = NDArray[np.float64]
 
 
 def measured_paces(times: BatchTimes, stages: int) -> list[Pace]:
@@ -48,39 +52,65 @@ class Leftover:
 
     Attributes:
         share: Σ over groups of like batches of |Σ predicted at pace − Σ measured| ÷ Σ measured.
+        by_chance: what ``share`` comes to where factors have nothing to do with what batches hold, but follow
+            each other as they did: nine in ten times it is less.
         worst: the group that is off by most time, in words.
         worst_error: predicted at pace ÷ measured − 1 of it.
         worst_share: how much of the time it takes.
     """
 
     share: float
+    by_chance: float
     worst: str
     worst_error: float
     worst_share: float
 
 
 def leftover(times: BatchTimes, paces: Sequence[Pace]) -> Leftover | None:
-    """What is left in groups of ``FEWEST`` batches or more, smaller ones together; None without any."""
-    means = np.array([[pace.of(bound).mean for bound in range(len(BOUNDS))] for pace in paces])
-    predicted_s = times.predicted_s * means[times.stage, times.bound]
-    groups: dict[str, list[float]] = {}
-    keys = np.stack([times.stage, times.bound, times.decodes], axis=1)
-    for (stage, bound, decodes), rows in _alike(keys):
-        name = _WORDS[bound].format(decodes) if len(rows) >= FEWEST else "few alike"
-        name += f" in stage {stage}" if len(paces) > 1 else ""
-        sums_s = groups.setdefault(name, [0.0, 0.0])
-        sums_s[0] += float(predicted_s[rows].sum())
-        sums_s[1] += float(times.measured_s[rows].sum())
-    total_s = sum(measured_s for _, measured_s in groups.values())
+    """What is left in groups of ``FEWEST`` batches or more; the others of a stage and a bound count as one.
+    None without any batches."""
+    total_s = float(times.measured_s.sum())
     if total_s <= 0.0:
         return None
-    name, (worst_s, taken_s) = max(groups.items(), key=lambda item: abs(item[1][0] - item[1][1]))
-    share = sum(abs(one_s - other_s) for one_s, other_s in groups.values()) / total_s
-    return Leftover(share, name, worst_s / taken_s - 1.0, taken_s / total_s)
+    means = np.array([[pace.of(bound).mean for bound in range(len(BOUNDS))] for pace in paces])
+    predicted_s = times.predicted_s * means[times.stage, times.bound]
+    names, group = _groups(times, len(paces))
+
+    def off_s(measured_s: FloatArray) -> FloatArray:
+        return np.asarray(np.bincount(group, predicted_s) - np.bincount(group, measured_s))
+
+    found_s = off_s(times.measured_s)
+    random = np.random.default_rng(0)
+    shifted = [off_s(_shifted(times, predicted_s, random)) for _ in range(_SHIFTS)]
+    by_chance = np.quantile([np.abs(each).sum() for each in shifted], 0.9) / total_s
+    worst = int(np.argmax(np.abs(found_s)))
+    taken_s = float(np.bincount(group, times.measured_s)[worst])
+    return Leftover(
+        share=float(np.abs(found_s).sum()) / total_s,
+        by_chance=float(by_chance),
+        worst=names[worst],
+        worst_error=float(found_s[worst]) / taken_s if taken_s > 0.0 else 0.0,
+        worst_share=taken_s / total_s,
+    )
 
 
-def _alike(keys: NDArray[np.int64]) -> Iterator[tuple[tuple[int, ...], NDArray[np.int64]]]:
-    """The different rows of ``keys``, and where each is."""
-    found, places = np.unique(keys, axis=0, return_inverse=True)
-    for number, key in enumerate(found.tolist()):
-        yield tuple(key), np.flatnonzero(places.ravel() == number)
+def _groups(times: BatchTimes, stages: int) -> tuple[list[str], NDArray[np.int64]]:
+    """The groups' names, and the group of each batch."""
+    names: dict[str, int] = {}
+    group = np.zeros(len(times.stage), dtype=np.int64)
+    for (stage, bound, decodes), rows in alike(np.stack([times.stage, times.bound, times.decodes], axis=1)):
+        name = _WORDS[bound].format(decodes if len(rows) >= FEWEST else "other numbers of")
+        name += f" in stage {stage}" if stages > 1 else ""
+        group[rows] = names.setdefault(name, len(names))
+    return list(names), group
+
+
+def _shifted(times: BatchTimes, predicted_s: FloatArray, random: np.random.Generator) -> FloatArray:
+    """Measured times as they would be if factors met other batches of their stage and bound."""
+    measured_s = times.measured_s.copy()
+    for _, rows in alike(np.stack([times.stage, times.bound], axis=1)):
+        rows = rows[predicted_s[rows] > 0.0]
+        if len(rows) > 1:
+            factors = times.measured_s[rows] / predicted_s[rows]
+            measured_s[rows] = predicted_s[rows] * np.roll(factors, int(random.integers(1, len(rows))))
+    return measured_s

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
+
 from experiments.batch_times import BatchTimes, IterationErrors, batch_times
 from experiments.build import Experiment
 from experiments.config import Speed, ValidateConfig
@@ -14,7 +16,7 @@ from experiments.live import summarize_live
 from experiments.live_records import LiveRun, fingerprint
 from experiments.pace import Leftover, leftover, measured_paces
 from experiments.run import summarize_run
-from experiments.slow_moments import slow_moments, slow_share
+from experiments.slow_moments import Probes, slowdowns
 from experiments.text import percent
 from sim.paced import Pace, simulate_paced
 from sim.replayed import Parity, replay
@@ -29,7 +31,7 @@ HOW: Mapping[Speed, str] = {
     "probed": "with the machine's slow moments",
     "measured": "at pace",
 }
-_SIMULATIONS = 10  # at the measured pace, each with other draws
+SIMULATIONS = 10  # at the measured pace, each with other draws
 _COUNTS = 0.05  # share of the predicted time from which an operator's errors count
 
 
@@ -54,6 +56,7 @@ class Ladder:
         speed: batch times as measured ÷ as predicted, all of them together.
         paces: of each stage, as its batches had it.
         slowdowns: how many times as long batches took in slow moments, by ``BOUNDS``.
+        slow_shares: of each live run, the share of its probes that found a core slow; None without probes.
         leftover: what they leave of the errors of batch times.
         at_pace: simulations at them.
         tolerance: what the rungs were judged by.
@@ -67,6 +70,7 @@ class Ladder:
     speed: float
     paces: Sequence[Pace]
     slowdowns: Sequence[float]
+    slow_shares: Sequence[float | None]
     leftover: Leftover | None
     at_pace: Sequence[RunRecords]
     tolerance: ValidateConfig
@@ -88,22 +92,21 @@ def climb(experiment: Experiment, simulated: dict[str, Any], runs: Sequence[Live
     workload, setup = experiment.workload, experiment.setup
     operators = operator_errors(experiment, runs[0])
     parts = [batch_times(run, workload, experiment.iteration, setup.sharding) for run in runs]
+    stages = experiment.parallel.spp
+    probes = Probes(runs, stages)
+    parts = [replace(part, slowness=probes.slowness(place)) for place, part in enumerate(parts)]
     times = BatchTimes.joined(parts)
     iterations = times.errors()
     parities = [replay(workload, with_capacity_of(run, experiment).setup, run.times()) for run in runs]
     same_cost = all(run.cost in ("", fingerprint(setup.cost)) for run in runs)
     speed = iterations.total.measured_over_predicted if iterations.total is not None else 1.0
-    slowdowns = times.slowdowns()
-    paces = measured_paces(times, experiment.parallel.spp)
-    at_pace = [whole(simulate_paced(workload, setup, paces, seed)) for seed in range(_SIMULATIONS)]
+    slower = _slowdowns(parts, times)
+    paces = measured_paces(times, stages)
+    at_pace = [whole(simulate_paced(workload, setup, paces, seed)) for seed in range(SIMULATIONS)]
     summaries = [summarize_run(records, experiment) for records in at_pace]
     slowed = [
-        summarize_run(
-            whole(simulate_slowed(workload, setup, slow_moments(run, experiment.parallel.spp), slowdowns)),
-            experiment,
-        )
-        for run in runs
-        if slow_share(run) is not None
+        summarize_run(whole(simulate_slowed(workload, setup, probes.moments(place), slower)), experiment)
+        for place in range(len(runs) if probes.are_known else 0)
     ]
     measured = [summarize_live(run.records, experiment) for run in runs]
     comparisons = compare_requests(simulated, slowed, summaries, measured, tolerance.request)
@@ -121,11 +124,21 @@ def climb(experiment: Experiment, simulated: dict[str, Any], runs: Sequence[Live
         comparisons=comparisons,
         speed=speed,
         paces=paces,
-        slowdowns=slowdowns,
+        slowdowns=slower,
+        slow_shares=[probes.slow_share(place) for place in range(len(runs))],
         leftover=leftover(times, paces),
         at_pace=at_pace,
         tolerance=tolerance,
     )
+
+
+def _slowdowns(parts: Sequence[BatchTimes], times: BatchTimes) -> list[float]:
+    """Of batches of the same run, stage and bound with as many decodes."""
+    run = np.concatenate([np.full(len(part.stage), place) for place, part in enumerate(parts)])
+    keys = np.stack([run, times.stage, times.bound, times.decodes], axis=1)
+    took = (times.predicted_s > 0.0) & (times.measured_s > 0.0)
+    times_s = times.predicted_s[took], times.measured_s[took]
+    return slowdowns(keys[took], times.bound[took], times_s, times.slowness[took])
 
 
 def whole(records: RunRecords) -> RunRecords:

@@ -1,7 +1,7 @@
-"""When a live run had its cores to itself, by the probes that its ranks took (see ``runtime.core_probe``).
+"""When live runs had their cores to themselves, by the probes that their ranks took.
 
-A profile is measured in such moments. So batches outside of them say nothing about the predictor, and what
-they take longer than those within them is the machine's.
+A profile is measured in such moments (see ``runtime.core_probe``). So what batches take longer outside of
+them is the machine's, and says nothing about the predictor.
 """
 
 from __future__ import annotations
@@ -11,95 +11,129 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from experiments.alike import alike
 from experiments.live_records import LiveRun
 from sim.paced import BOUNDS
 from sim.slowed import SlowMoments
+from traces.records import SLOW_PROBE
 
-SLOW = 1.12  # times its usual duration, from which a probe says that somebody else is on the core
 _USUAL = 0.01  # quantile of the probes that is usual: they differ by 3 %, or by 70 to 100
 _SAME_MOMENT_S = 0.02  # a probe later than this after a batch says nothing of it
-_FEWEST = 10  # batches on either side, to say how much slower slow ones are
+_FEWEST = 10  # slow batches, to say how much slower they are
 
 FloatArray = NDArray[np.float64]
 
 
-def slow_share(run: LiveRun) -> float | None:
-    """Share of the probes that found a core slow; None without probes."""
-    slow = _slow_probes(run)
-    return None if slow is None else float(slow[run.host["probe_s"] > 0.0].mean())
+class Probes:
+    """The probes of some live runs of one experiment.
 
+    What is usual is a stage's own, over all runs. Where cores were never quick, probes can't tell that they
+    were slow.
+    """
 
-def slow_moments(run: LiveRun, stages: int) -> list[SlowMoments]:
-    """The probes of each stage."""
-    slow = _slow_probes(run)
-    if slow is None:
-        return [SlowMoments()] * stages
-    batches = run.records.batches
-    result = []
-    for stage in range(stages):
-        rows = np.flatnonzero((batches["stage"] == stage) & (run.host["probe_s"] > 0.0))
-        rows = rows[np.argsort(batches["start_s"][rows], kind="stable")]
-        result.append(SlowMoments(batches["start_s"][rows].tolist(), slow[rows].tolist()))
-    return result
+    def __init__(self, runs: Sequence[LiveRun], stages: int) -> None:
+        self._runs = [_Run(run) for run in runs]
+        self._usual_s = [self._usual(stage) for stage in range(stages)]
 
+    def _usual(self, stage: int) -> float:
+        taken = [run.probe_s[(run.stage == stage) & (run.probe_s > 0.0)] for run in self._runs]
+        every = np.concatenate(taken) if taken else np.zeros(0)
+        return float(np.quantile(every, _USUAL)) if len(every) else 0.0
 
-def slowness(run: LiveRun) -> FloatArray:
-    """[batches × stages], as in ``run.records.batches``: 0 if the last probe of its stage before a batch, and
-    the next one unless it came much later, were both quick; 1 if both were slow; 0.5 if one was; NaN if
-    nothing is known."""
-    batches = run.records.batches
-    result = np.full(len(batches["start_s"]), np.nan)
-    slow = _slow_probes(run)
-    if slow is None:
+    def _found(self, place: int, stage: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Of one run and stage: the rows that have a probe in the order of time, and which found it slow."""
+        run = self._runs[place]
+        rows = run.in_order(stage)
+        rows = rows[run.probe_s[rows] > 0.0]
+        return rows, np.asarray(run.probe_s[rows] > SLOW_PROBE * self._usual_s[stage])
+
+    @property
+    def are_known(self) -> bool:
+        """Whether every run has some of every stage."""
+        stages = range(len(self._usual_s))
+        return all(len(self._found(place, stage)[0]) for place in range(len(self._runs)) for stage in stages)
+
+    def slow_share(self, place: int) -> float | None:
+        """Share of one run's probes that found a core slow; None without any."""
+        slow = np.concatenate([self._found(place, stage)[1] for stage in range(len(self._usual_s))])
+        return float(slow.mean()) if len(slow) else None
+
+    def moments(self, place: int) -> list[SlowMoments]:
+        """The probes of one run by stages."""
+        result = []
+        for stage in range(len(self._usual_s)):
+            rows, slow = self._found(place, stage)
+            result.append(SlowMoments(self._runs[place].start_s[rows].tolist(), slow.tolist()))
         return result
-    for stage in np.unique(batches["stage"]).tolist():
-        rows = np.flatnonzero(batches["stage"] == stage)
-        rows = rows[np.argsort(batches["start_s"][rows], kind="stable")]
-        probed = np.flatnonzero(run.host["probe_s"][rows] > 0.0)
-        if len(probed) == 0:
-            continue
-        start_s, end_s = batches["start_s"][rows], batches["end_s"][rows]
-        following = np.searchsorted(probed, np.arange(len(rows)), side="right")
-        before = probed[np.maximum(following - 1, 0)]
-        after = probed[np.minimum(following, len(probed) - 1)]
-        is_near = (following < len(probed)) & (start_s[after] <= end_s + _SAME_MOMENT_S)
-        is_slow = slow[rows].astype(np.float64)
-        both = (is_slow[before] + is_slow[np.where(is_near, after, before)]) / 2
-        result[rows] = np.where(following > 0, both, np.nan)
-    return result
+
+    def slowness(self, place: int) -> FloatArray:
+        """[batches × stages] of one run: 0 if the last probe of its stage before a batch, and the next one
+        unless it came much later, were both quick; 1 if both were slow; 0.5 if one was; NaN if nothing is
+        known."""
+        run = self._runs[place]
+        result = np.full(len(run.start_s), np.nan)
+        for stage in range(len(self._usual_s)):
+            probed, slow = self._found(place, stage)
+            if len(probed) == 0:
+                continue
+            rows = run.in_order(stage)
+            at = np.flatnonzero(run.probe_s[rows] > 0.0)  # where in `rows` the probes are
+            following = np.searchsorted(at, np.arange(len(rows)), side="right")
+            before = np.maximum(following - 1, 0)
+            after = np.minimum(following, len(at) - 1)
+            late_s = run.start_s[probed[after]] - run.end_s[rows]
+            is_near = (following < len(at)) & (late_s <= _SAME_MOMENT_S)
+            both = (slow[before].astype(np.float64) + slow[np.where(is_near, after, before)]) / 2
+            result[rows] = np.where(following > 0, both, np.nan)
+        return result
+
+
+class _Run:
+    """The columns of a run that are needed here."""
+
+    def __init__(self, run: LiveRun) -> None:
+        batches = run.records.batches
+        self.start_s: FloatArray = batches["start_s"]
+        self.end_s: FloatArray = batches["end_s"]
+        self.stage = np.asarray(batches["stage"], dtype=np.int64)
+        self.probe_s = np.asarray(run.host.get("probe_s", np.zeros(len(self.start_s))))
+
+    def in_order(self, stage: int) -> NDArray[np.int64]:
+        rows = np.flatnonzero(self.stage == stage)
+        return np.asarray(rows[np.argsort(self.start_s[rows], kind="stable")])
 
 
 def slowdowns(
-    bound: NDArray[np.int64], ratio: FloatArray, weight: FloatArray, slow: FloatArray
+    keys: NDArray[np.int64],
+    bound: NDArray[np.int64],
+    times_s: tuple[FloatArray, FloatArray],
+    slow: FloatArray,
 ) -> list[float]:
     """How many times as long batches took in slow moments as on cores of their own, by ``BOUNDS``.
 
-    Only the two are compared, so how well either is predicted doesn't matter. What few batches were in either
-    is taken from all bounds together, and is 1 if those are few, too.
+    Slow batches are held against like ones: those on own cores say how many times what is predicted such
+    batches take, so how well they are predicted cancels out. What few slow batches have like ones is taken
+    from all bounds together, and is 1 if those are few, too.
 
     Args:
+        keys: [batches, any]: batches with equal rows are alike.
         bound: of each batch.
-        ratio: measured ÷ predicted.
-        weight: predicted.
-        slow: as of :func:`slowness`.
+        times_s: predicted and measured, positive.
+        slow: as of :meth:`Probes.slowness`.
     """
-    everything = _slowdown(np.ones(len(bound), dtype=bool), ratio, weight, slow, 1.0)
-    return [_slowdown(bound == place, ratio, weight, slow, everything) for place in range(len(BOUNDS))]
+    predicted_s, measured_s = times_s
+    # What slow batches would have taken on cores of their own; NaN where there is nothing to say it by.
+    own_s = np.full(len(bound), np.nan)
+    for _, rows in alike(keys):
+        on_own = rows[slow[rows] == 0.0]
+        if len(on_own) >= _FEWEST:
+            own_s[rows] = predicted_s[rows] * (measured_s[on_own].sum() / predicted_s[on_own].sum())
+    held = (slow == 1.0) & ~np.isnan(own_s)
 
+    def slowdown(mine: NDArray[np.bool_], otherwise: float) -> float:
+        if mine.sum() < _FEWEST:
+            return otherwise
+        return max(float(measured_s[mine].sum() / own_s[mine].sum()), 1.0)
 
-def _slowdown(
-    mine: NDArray[np.bool_], ratio: FloatArray, weight: FloatArray, slow: FloatArray, otherwise: float
-) -> float:
-    sides: Sequence[NDArray[np.bool_]] = (mine & (slow == 0.0), mine & (slow == 1.0))
-    if min(int(side.sum()) for side in sides) < _FEWEST:
-        return otherwise
-    own, slowed = (float(np.average(ratio[side], weights=weight[side])) for side in sides)
-    return max(slowed / own, 1.0)
-
-
-def _slow_probes(run: LiveRun) -> NDArray[np.bool_] | None:
-    probe_s = run.host.get("probe_s", np.zeros(0))
-    taken = probe_s > 0.0
-    if not taken.any():
-        return None
-    return np.asarray(probe_s > SLOW * np.quantile(probe_s[taken], _USUAL))
+    everything = slowdown(held, 1.0)
+    return [slowdown(held & (bound == place), everything) for place in range(len(BOUNDS))]

@@ -54,10 +54,10 @@ def validate(options: ValidateOptions) -> int:
     with writing(folder, numbered=options.out is None) as (partial, final):
         for each in prepared:
             outcome = _validate_case(each, options)
-            outcomes.append(outcome)
             write_case(partial / each.case.name, outcome, plots=options.plots)
             if not options.quiet:
                 print_outcome(outcome)
+            outcomes.append(outcome.without_simulations())
             if outcome.interrupted:
                 break
         if cases[0].name:

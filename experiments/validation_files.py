@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -20,7 +20,6 @@ from experiments.load import dump_yaml
 from experiments.run import summarize_run
 from experiments.rungs import DECIDING, Ladder
 from experiments.series import Cdf, cdf, gap_cdf
-from experiments.slow_moments import slow_share
 from sim.paced import BOUNDS, Pace
 from traces.metrics import slo_met
 from traces.records import RunRecords, write_requests_csv
@@ -60,6 +59,11 @@ class Outcome:
     def passes(self) -> bool:
         """Within tolerance, and with as many live runs as were asked for."""
         return not self.interrupted and self.ladder is not None and self.ladder.passes
+
+    def without_simulations(self) -> Outcome:
+        """The same for a table of many cases, when its own files are written."""
+        ladder = None if self.ladder is None else replace(self.ladder, at_pace=())
+        return replace(self, simulated=None, ladder=ladder)
 
 
 def write_case(folder: Path, outcome: Outcome, *, plots: bool) -> None:
@@ -116,7 +120,6 @@ def verdict_data(outcome: Outcome) -> dict[str, Any]:
         "passes": outcome.passes,
         "live_runs": len(outcome.runs),
         "waited_share": [run.waited_share for run in outcome.runs],
-        "slow_share": [slow_share(run) for run in outcome.runs],
     }
     if outcome.interrupted:
         data["interrupted"] = True
@@ -133,6 +136,7 @@ def verdict_data(outcome: Outcome) -> dict[str, Any]:
             "paces": [pace_data(pace) for pace in ladder.paces],
             "requests": [asdict(each) | {"passes": each.passes} for each in ladder.comparisons],
             "iterations": asdict(ladder.iterations),
+            "slow_shares": list(ladder.slow_shares),
             "slowdowns": dict(zip(BOUNDS, ladder.slowdowns, strict=True)),
             "leftover": None if ladder.leftover is None else asdict(ladder.leftover),
             "operators": [asdict(each) for each in ladder.operators],

@@ -11,7 +11,6 @@ from experiments.ladder import Comparison
 from experiments.live import describe_runtime
 from experiments.pace import FEWEST
 from experiments.rungs import HOW, Ladder, signed
-from experiments.slow_moments import slow_share
 from experiments.tables import print_table
 from experiments.text import percent, seconds
 from experiments.validation_files import Outcome, pace_data
@@ -65,8 +64,9 @@ def print_outcome(outcome: Outcome) -> None:
         if run.waited_share > _DISTURBED:
             share = percent(run.waited_share)
             print(f"live run {number}: other work had the engine's core for {share} of the time")
-        if (share_slow := slow_share(run) or 0.0) > _DISTURBED:
-            print(f"live run {number}: somebody else was on a core at {percent(share_slow)} of the probes")
+    for number, slow in enumerate(ladder.slow_shares if ladder is not None else (), start=1):
+        if slow is not None and slow > _DISTURBED:
+            print(f"live run {number}: somebody else was on a core at {percent(slow)} of the probes")
     if ladder is not None and max(ladder.slowdowns) > 1.0:
         slower = ", ".join(
             f"{name} {factor:.2f}" for name, factor in zip(_KINDS, ladder.slowdowns, strict=True)

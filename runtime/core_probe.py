@@ -17,13 +17,10 @@ class CoreProbe:
     Args:
         operations: of one probe, about 1 µs each; they are done twice, and timed the second time: what ran
             before may have left nothing of the probe's own code in the caches.
-        every_s: how long :meth:`if_due_s` lets pass between two probes.
     """
 
-    def __init__(self, operations: int = 30, every_s: float = 0.0) -> None:
+    def __init__(self, operations: int = 30) -> None:
         self._operations = operations
-        self._every_s = every_s
-        self._due_s = 0.0
         self._x = torch.ones(4, 256)
         for _ in range(60):
             self.duration_s()
@@ -38,11 +35,3 @@ class CoreProbe:
                 x * x
             duration_s = time.perf_counter() - began_s
         return duration_s
-
-    def if_due_s(self) -> float:
-        """Take a probe if none was taken within ``every_s``; 0 if one was."""
-        now_s = time.perf_counter()
-        if now_s < self._due_s:
-            return 0.0
-        self._due_s = now_s + self._every_s
-        return self.duration_s()

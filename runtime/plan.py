@@ -34,12 +34,14 @@ class Plan:
     Attributes:
         token_ids: the slices' tokens, one slice after the other.
         freed: requests whose KV blocks are free from here on.
+        probe: whether ranks on a CPU probe their cores before it.
     """
 
     id: int
     slices: list[Slice]
     token_ids: NDArray[np.int64]
     freed: list[int] = field(default_factory=list)
+    probe: bool = False
 
 
 @dataclass(frozen=True, slots=True)

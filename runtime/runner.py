@@ -24,8 +24,7 @@ from runtime.weights import Part, load_weights
 from specs import ModelSpec, ParallelSpec
 from specs.errors import InputError
 
-_PROBE_OPERATIONS = 15  # 15 µs twice, of every 10 ms
-_PROBE_EVERY_S = 0.01
+_PROBE_OPERATIONS = 15
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
@@ -135,7 +134,7 @@ class Runner:
         self.groups = KVGroups(Sharding(parallel.kvp, parallel.kvp_tokens_per_group), mesh.group)
         self._dtype = dtype
         on_core = self.device.type == "cpu"
-        self._core = CoreProbe(_PROBE_OPERATIONS, _PROBE_EVERY_S) if on_core else None
+        self._core = CoreProbe(_PROBE_OPERATIONS) if on_core else None
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> Report:
@@ -146,7 +145,7 @@ class Runner:
         """
         mesh, is_last = self.mesh, self.mesh.stage == self.mesh.spp - 1
         began_s = time.perf_counter()
-        probe_s = self._core.if_due_s() if self._core is not None else 0.0
+        probe_s = self._core.duration_s() if plan.probe and self._core is not None else 0.0
         inputs = make_inputs(plan, self.model.cache, self.groups, self.device)
         launch_s = time.perf_counter() - began_s
         if inputs.tokens == 0:  # other groups have work, this one is free

@@ -48,10 +48,11 @@ class Prompts:
         return self._tokens[start : self._ends[index]].astype(np.int64)
 
 
-def make_plan(batch: Batch, sequences: dict[int, Sequence], freed: list[int]) -> Plan:
+def make_plan(batch: Batch, sequences: dict[int, Sequence], freed: list[int], *, probe: bool) -> Plan:
     """What the ranks execute for ``batch``.
 
-    ``freed`` are the requests whose KV blocks the scheduler has taken back since the last plan.
+    ``freed`` are the requests whose KV blocks the scheduler has taken back since the last plan; ``probe``
+    says whether cores are probed before it.
     """
     slices: list[Slice] = []
     parts: list[TokenIds] = []
@@ -65,4 +66,4 @@ def make_plan(batch: Batch, sequences: dict[int, Sequence], freed: list[int]) ->
         add(chunk.request, chunk.context, chunk.tokens, chunk.is_last)
     for request in batch.decodes():
         add(request, request.kv_tokens, 1, True)
-    return Plan(batch.id, slices, np.concatenate(parts), freed)
+    return Plan(batch.id, slices, np.concatenate(parts), freed, probe)

@@ -22,6 +22,8 @@ from sim.replica import Replica
 from traces.records import RunRecords
 from traces.workload import Workload
 
+NEAR_S = 0.1  # a probe says something of the moments so far from it: slow ones last as long or longer
+
 
 @dataclass(frozen=True, slots=True)
 class SlowMoments:
@@ -35,13 +37,16 @@ class SlowMoments:
         object.__setattr__(self, "_slow_until", [0, *accumulate(map(int, self.is_slow))])
 
     def share(self, start_s: float, end_s: float) -> float:
-        """Share of the probes that found a core slow: of those in that time, the one before it and the one
-        after it; 0 without any."""
-        first = max(bisect_right(self.at_s, start_s) - 1, 0)
-        last = min(bisect_left(self.at_s, end_s) + 1, len(self.at_s))
+        """Share of the probes that found a core slow: of those in that time, the one before and the one after
+        it, as far as they are near. Without any it is that of all; 0 if there are none."""
+        first, last = bisect_left(self.at_s, start_s), bisect_right(self.at_s, end_s)
+        if first > 0 and start_s - self.at_s[first - 1] <= NEAR_S:
+            first -= 1
+        if last < len(self.at_s) and self.at_s[last] - end_s <= NEAR_S:
+            last += 1
         if last <= first:
-            return 0.0
-        return (self._slow_until[last] - self._slow_until[first]) / (last - first)
+            first, last = 0, len(self.at_s)
+        return (self._slow_until[last] - self._slow_until[first]) / max(last - first, 1)
 
 
 def simulate_slowed(

@@ -170,7 +170,7 @@ def test_host_time_is_kept_for_each_part_of_each_batch():
     # A core is probed every 10 ms at most, as part of preparing a batch.
     probed = host["probe_s"] > 0.0
     assert probed.any() and (host["probe_s"] <= host["launch_s"]).all()
-    assert (np.diff(batches["start_s"][probed]) > 0.005).all()
+    assert (np.diff(batches["start_s"][probed]) >= 0.01 - 1e-9).all()
     # A batch's own scheduling decision takes less than a millisecond (P17).
     assert np.median(host["schedule_s"]) < 1e-3
 

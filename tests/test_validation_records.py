@@ -43,7 +43,12 @@ def test_recorded_runs_are_still_explained(case: Path, tmp_path: Path) -> None:
     for one, other in zip(then["requests"], now["requests"], strict=True):
         assert (one["metric"], one["statistic"]) == (other["metric"], other["statistic"])
         assert other["live_s"] == pytest.approx(one["live_s"], rel=1e-6)
-        assert other["passes"] >= one["passes"], other
+        if one["allowed"] is not None:
+            for error in ("error", "error_probed", "error_at_pace"):
+                assert abs(one[error]) > one["allowed"] or abs(other[error]) <= other["allowed"], (
+                    error,
+                    other,
+                )
 
 
 def test_there_are_records_of_every_case_of_the_small_sets() -> None:

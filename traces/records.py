@@ -58,6 +58,8 @@ HOST_COLUMNS = ("batch", "stage", "schedule_s", "launch_s", "execute_s", "sample
 """Of a live run: seconds the host took, for each batch and stage, to decide on the batch (first stage only),
 to prepare it, to execute the layers and to sample; and what a probe of the core took just before (see
 :mod:`runtime.core_probe`), 0 if none was taken."""
+SLOW_PROBE = 1.12
+"""Times its usual duration, from which a probe says that somebody else is on its core; others vary by 3 %."""
 _BATCH_TIMES = ("start_s", "end_s")
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from runtime.core_probe import CoreProbe
+from traces.records import SLOW_PROBE
 
 Call = Callable[[int], object]
 """One call of the operator on its i-th set of inputs."""
@@ -26,7 +27,6 @@ FEWEST_SAMPLES = 5
 MOST_REPEATS = 200
 PATIENCE = 4  # times the intended duration that a visit may last for the sake of undisturbed samples …
 PATIENCE_S = 1.0  # … and this long at least: on a shared host, slow moments last up to a second
-SLOW = 1.12  # times its usual duration, from which a probe says that the machine is slow just now
 _PROBES = 4000  # of which the usual duration is taken
 MOST_LAUNCHES = 20  # calls queued at once on a GPU, so that the launch queue is never full
 _SLEEP_CYCLES_PER_S = 2e9
@@ -143,7 +143,7 @@ class Core:
         """Take a probe, of about 80 µs."""
         duration_s = self._probe()
         self.probes += 1
-        is_quiet = duration_s < SLOW * self._usual_s
+        is_quiet = duration_s < SLOW_PROBE * self._usual_s
         self.slow += not is_quiet
         return is_quiet
 
