@@ -46,7 +46,8 @@ def blame(ladder: Ladder) -> Blame | None:
     kernels_are_off = kernels is None or abs(kernels) > ladder.tolerance.iteration.p50
     if operator.status == "broken" and kernels_are_off:
         return Blame("operator", f"{fed_back}, and kernels': {operator.text}")
-    return Blame("iteration", f"{fed_back}: {iteration.text}")
+    within = ", though within their own bounds" if iteration.status == "holds" else ""
+    return Blame("iteration", f"{fed_back}{within}: {iteration.text}")
 
 
 def _left_at_pace(ladder: Ladder) -> str:

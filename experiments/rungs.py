@@ -220,7 +220,7 @@ def _request_rung(comparisons: Sequence[Comparison], most_noise: float) -> Rung:
     if noisy:
         worst = max(noisy, key=lambda each: each.noise or 0.0)
         differ = f"the live runs differ by {percent(worst.noise or 0.0)} in {_name(worst)}"
-        return Rung("request", "unknown", f"{differ}, {percent(most_noise)} at most say something")
+        return Rung("request", "unknown", f"{differ}; up to {percent(most_noise)} there is a verdict")
     nearest = max(deciding, key=lambda each: abs(each.judged) / (each.allowed or 1.0))
     return Rung(
         "request", "holds", f"{HOW[nearest.speed]}; nearest to its limit: {_comparison_text(nearest)}"

@@ -18,10 +18,11 @@ from sim.paced import BOUNDS, Pace
 
 _DISTURBED = 0.01  # share of a live run without a core from which it is worth saying
 _KINDS = ("decodes", "with chunks", "bound by attention")  # as in BOUNDS
+_HEADER = ("latency", "", "simulated", "live", "as it is", "probed", "at pace", "live noise", "allowed", "")
 _NUMBERS = (
     "simulated",
     "live",
-    "error",
+    "as it is",
     "probed",
     "at pace",
     "live noise",
@@ -40,11 +41,11 @@ def print_outcome(outcome: Outcome) -> None:
     if outcome.replayed:
         runs += " from disk"
     title = f"{outcome.name}: simulated against {runs} ({describe_runtime(outcome.experiment)})"
-    if ladder is not None and ladder.comparisons:
+    if ladder is not None and ladder.comparisons and ladder.rungs[-1].status != "unknown":
         title += f", judged {HOW[ladder.comparisons[0].speed]}"
     if ladder is not None:
         print_table(
-            ("latency", "", "simulated", "live", "error", "probed", "at pace", "live noise", "allowed", ""),
+            _HEADER,
             [_comparison(each) for each in ladder.comparisons],
             title=title,
             right=_NUMBERS,

@@ -330,7 +330,7 @@ def test_live_runs_that_differ_too_much_give_no_verdict(
     outcome = Outcome("noisy", made, runs, None, None, found, None, False, True)
     assert not outcome.passes
     assert verdict(outcome).startswith("no verdict: the live runs differ by ")
-    assert verdict(outcome).endswith(", 33.0 % at most say something")
+    assert verdict(outcome).endswith("; up to 33.0 % there is a verdict")
     print_outcome(outcome)
     assert "  noisy" in capsys.readouterr().out
     write_case(tmp_path / "out", outcome, plots=False)
