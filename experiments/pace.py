@@ -81,7 +81,8 @@ def leftover(times: BatchTimes, paces: Sequence[Pace]) -> Leftover | None:
 
     found_s = off_s(times.measured_s)
     random = np.random.default_rng(0)
-    shifted = [off_s(_shifted(times, predicted_s, random)) for _ in range(_SHIFTS)]
+    together = [rows for _, rows in alike(np.stack([times.stage, times.bound], axis=1))]
+    shifted = [off_s(_shifted(together, predicted_s, times.measured_s, random)) for _ in range(_SHIFTS)]
     by_chance = np.quantile([np.abs(each).sum() for each in shifted], 0.9) / total_s
     worst = int(np.argmax(np.abs(found_s)))
     taken_s = float(np.bincount(group, times.measured_s)[worst])
@@ -105,12 +106,17 @@ def _groups(times: BatchTimes, stages: int) -> tuple[list[str], NDArray[np.int64
     return list(names), group
 
 
-def _shifted(times: BatchTimes, predicted_s: FloatArray, random: np.random.Generator) -> FloatArray:
-    """Measured times as they would be if factors met other batches of their stage and bound."""
-    measured_s = times.measured_s.copy()
-    for _, rows in alike(np.stack([times.stage, times.bound], axis=1)):
+def _shifted(
+    together: Sequence[NDArray[np.int64]],
+    predicted_s: FloatArray,
+    measured_s: FloatArray,
+    random: np.random.Generator,
+) -> FloatArray:
+    """Measured times as they would be if factors met other batches of those ``together`` with them."""
+    result = measured_s.copy()
+    for rows in together:
         rows = rows[predicted_s[rows] > 0.0]
         if len(rows) > 1:
-            factors = times.measured_s[rows] / predicted_s[rows]
-            measured_s[rows] = predicted_s[rows] * np.roll(factors, int(random.integers(1, len(rows))))
-    return measured_s
+            factors = measured_s[rows] / predicted_s[rows]
+            result[rows] = predicted_s[rows] * np.roll(factors, int(random.integers(1, len(rows))))
+    return result
