@@ -27,7 +27,7 @@ from policies.batch import Batch
 from sim.cluster import simulate
 from sim.paced import Factors, Pace
 from sim.slowed import SlowMoments, simulate_slowed
-from tests.test_validate import experiment, noted
+from tests.test_replayed_runs import experiment, noted
 from traces.stored import read_host_csv
 
 TIGHT = {"p50": 1e-9, "p90": 1e-9, "noise_factor": 0.0}
