@@ -3,10 +3,11 @@
 With the times of a live run fed back, a simulation that decides as the run did has its very latencies: every
 batch begins and ends when it did. So where decisions hold, whatever is wrong with the requests comes from
 batch times, from what lies between stages, or from which batch meets which slow moment. A simulation as it is
-has all errors of batch times. One at pace has their sum right for each stage and bound; it can be wrong by
-what like batches are off by, by what lies between stages, by chance, and because it draws stages and bounds
-apart though a slow moment slows all of them. How much each of the first three comes to is said; what they
-don't explain is left to the fourth.
+has all errors of batch times; one calibrated on the other live runs has what differs between the runs. One at
+pace has their sum about right for each stage and bound; it can be wrong by what like batches are off by, by
+what lies between stages, by chance, and because what isn't due to slow moments is drawn for each stage and
+bound by itself. How much each of the first three comes to is said; what they don't explain is left to the
+fourth.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import math
 from dataclasses import dataclass
 
 from experiments.batch_times import BETWEEN
-from experiments.rungs import SIMULATIONS, Ladder, signed
+from experiments.forecasts import SIMULATIONS
+from experiments.rungs import Ladder, signed
 from experiments.text import percent
 
 
@@ -40,7 +42,14 @@ def blame(ladder: Ladder) -> Blame | None:
     if any(each.is_outside and each.judged == float("inf") for each in ladder.comparisons):
         return Blame("request", request.text)
     fed_back = "with the measured times fed back it decides alike, so what differs is batch times"
-    if any(each.speed == "measured" for each in ladder.comparisons):
+    speed = ladder.comparisons[0].speed
+    if speed == "calibrated":
+        off = ", ".join(map(signed, ladder.batch_errors))
+        why = f"calibrated on the others, those of each live run are off by {off}"
+        holds = not any(each.is_outside_at_pace for each in ladder.comparisons)
+        left = "all is within tolerance" if holds else _left_at_pace(ladder)
+        return Blame("iteration", f"{fed_back}: {why}; at the pace of its own batches {left}")
+    if speed == "measured":
         return Blame("iteration", f"{fed_back}, or which of them comes when: {_left_at_pace(ladder)}")
     kernels = ladder.iterations.kernels
     kernels_are_off = kernels is None or abs(kernels) > ladder.tolerance.iteration.p50
@@ -55,10 +64,10 @@ def _left_at_pace(ladder: Ladder) -> str:
     runs = len(ladder.parities)
     parts = []
     for each in ladder.comparisons:
-        chance = each.scatter_at_pace * math.sqrt(1.0 / SIMULATIONS + 1.0 / runs)
-        if each.is_outside and chance > 0.0:
+        chance = each.scatter_at_pace * math.sqrt((1.0 / SIMULATIONS + 1.0) / runs)
+        if each.is_outside_at_pace and chance > 0.0:
             name = f"{each.metric.removesuffix('_s').upper()} {each.statistic}"
-            parts.append(f"{name} is off by {abs(each.judged) / chance:.1f} standard errors of chance")
+            parts.append(f"{name} is off by {abs(each.error_at_pace) / chance:.1f} standard errors of chance")
     left = ladder.leftover
     if left is not None and left.share > left.by_chance:
         worst = f"{left.worst} {signed(left.worst_error)} over {percent(left.worst_share)} of the time"

@@ -12,7 +12,7 @@ error of the requests comes from. Decisions are compared by :mod:`sim.replayed`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,29 @@ def _shares(experiment: Experiment, run: LiveRun) -> dict[str, float]:
 
 
 @dataclass(frozen=True, slots=True)
+class Simulations:
+    """Summaries of what was simulated for some live runs; see ``experiments.forecasts``.
+
+    Attributes:
+        probed: of each run; empty if cores weren't probed.
+        calibrated: [runs, draws]; empty for a single run.
+        at_pace: [runs, draws].
+    """
+
+    as_it_is: Mapping[str, Any]
+    probed: Sequence[Mapping[str, Any]]
+    calibrated: Sequence[Sequence[Mapping[str, Any]]]
+    at_pace: Sequence[Sequence[Mapping[str, Any]]]
+
+    def every(self) -> Iterator[Mapping[str, Any]]:
+        """All of them."""
+        yield self.as_it_is
+        yield from self.probed
+        for draws in (*self.calibrated, *self.at_pace):
+            yield from draws
+
+
+@dataclass(frozen=True, slots=True)
 class Comparison:
     """One statistic of one latency.
 
@@ -104,8 +127,12 @@ class Comparison:
         error: simulated ÷ live − 1.
         error_probed: the same of simulations with the slow moments of each live run, in the mean; None if
             cores weren't probed.
-        error_at_pace: the same of simulations at the pace that the batches of the live runs had, in the mean.
-        scatter_at_pace: standard deviation of these ÷ their mean: by chance alone, as live runs differ.
+        error_calibrated: of the simulations of each live run, calibrated on the others, against that run: the
+            largest. One run's is too fast where another's is too slow, so their mean would say little. None
+            for a single run.
+        error_at_pace: of simulations at the pace that the batches of each live run had, in the mean.
+        scatter_at_pace: standard deviation of those of a run ÷ their mean: by chance alone, as live runs
+            differ.
         noise: largest difference between two live runs ÷ their mean; None with a single one.
         allowed: the size of error that passes; None if this statistic decides nothing.
         speed: which of the errors must pass; the same for all of a table.
@@ -118,6 +145,7 @@ class Comparison:
     live_s: float
     error: float
     error_probed: float | None
+    error_calibrated: float | None
     error_at_pace: float
     scatter_at_pace: float
     noise: float | None
@@ -130,6 +158,8 @@ class Comparison:
         """The error that must pass."""
         if self.speed == "probed" and self.error_probed is not None:
             return self.error_probed
+        if self.speed == "calibrated" and self.error_calibrated is not None:
+            return self.error_calibrated
         return self.error_at_pace if self.speed == "measured" else self.error
 
     @property
@@ -137,40 +167,36 @@ class Comparison:
         return self.allowed is not None and abs(self.judged) > self.allowed
 
     @property
+    def is_outside_at_pace(self) -> bool:
+        """Whether it would be, judged at pace."""
+        return self.allowed is not None and abs(self.error_at_pace) > self.allowed
+
+    @property
     def passes(self) -> bool:
         return self.allowed is None or not (self.is_outside or self.is_noisy)
 
 
 def compare_requests(
-    simulated: Mapping[str, Any],
-    slowed: Sequence[Mapping[str, Any]],
-    at_pace: Sequence[Mapping[str, Any]],
-    live: Sequence[Mapping[str, Any]],
-    tolerance: RequestTolerance,
+    simulations: Simulations, live: Sequence[Mapping[str, Any]], tolerance: RequestTolerance
 ) -> list[Comparison]:
-    """The table of the request rung, from the summaries of the simulation, of simulations with the slow
-    moments of each live run (none if they aren't known), of simulations at the measured pace, and of the live
-    runs.
+    """The table of the request rung, from summaries of what was simulated and of the live runs.
 
     A latency without samples on either side has no rows; with samples on one side only its error is infinite.
     They are judged by the first speed at which all that decide are within what is allowed: as of the profile,
-    with slow moments if they were probed, at pace; or else by the last one up to ``tolerance.speed``.
+    with slow moments if they were probed, calibrated if there are several live runs, at pace; or else by the
+    last one up to ``tolerance.speed``.
     """
     rows = []
     for metric in METRICS:
-        sides = [summary.get(metric) for summary in (simulated, *slowed, *at_pace, *live)]
-        if all(side is None for side in sides):
+        sides = (*simulations.every(), *live)
+        if all(side.get(metric) is None for side in sides):
             continue
-        for statistic in STATISTICS:
-            simulated_s, *others_s = [
-                float("nan") if side is None else float(side[statistic]) for side in sides
-            ]
-            slowed_s, others_s = others_s[: len(slowed)], others_s[len(slowed) :]
-            at_pace_s, live_s = others_s[: len(at_pace)], others_s[len(at_pace) :]
-            rows.append(_compare(metric, statistic, simulated_s, slowed_s, at_pace_s, live_s, tolerance))
+        rows += [_compare(metric, statistic, simulations, live, tolerance) for statistic in STATISTICS]
     judged: list[Comparison] = []
     for speed in SPEEDS[: SPEEDS.index(tolerance.speed) + 1]:
-        if speed == "probed" and not slowed:
+        if (speed == "probed" and not simulations.probed) or (
+            speed == "calibrated" and not simulations.calibrated
+        ):
             continue
         judged = [replace(row, speed=speed) for row in rows]
         if not any(row.is_outside for row in judged):
@@ -181,28 +207,46 @@ def compare_requests(
 def _compare(
     metric: str,
     statistic: str,
-    simulated_s: float,
-    slowed_s: Sequence[float],
-    at_pace_s: Sequence[float],
-    live_s: Sequence[float],
+    simulations: Simulations,
+    live: Sequence[Mapping[str, Any]],
     tolerance: RequestTolerance,
 ) -> Comparison:
+    def value_s(summary: Mapping[str, Any]) -> float:
+        found = summary.get(metric)
+        return float("nan") if found is None else float(found[statistic])
+
+    def values_s(summaries: Sequence[Mapping[str, Any]]) -> FloatArray:
+        return np.array([value_s(summary) for summary in summaries])
+
+    live_s = values_s(live)
     mean_s = float(np.mean(live_s))
     noise = None
     if len(live_s) > 1:
-        noise = (max(live_s) - min(live_s)) / mean_s if mean_s > 0 else 0.0
+        noise = float(np.ptp(live_s)) / mean_s if mean_s > 0 else 0.0
     allowed = None
     if metric in tolerance.metrics and statistic in ("p50", "p90"):
         allowed = max(getattr(tolerance, statistic), tolerance.noise_factor * (noise or 0.0))
+    simulated_s = value_s(simulations.as_it_is)
+    at_pace_s = np.array([values_s(draws) for draws in simulations.at_pace])
+    calibrated = [
+        _error(float(np.mean(values_s(draws))), each_s)
+        for draws, each_s in zip(
+            simulations.calibrated, live_s.tolist()[: len(simulations.calibrated)], strict=True
+        )
+    ]
+    scatter_s = math.sqrt(float(np.mean(np.var(at_pace_s, axis=1))))
     return Comparison(
         metric,
         statistic,
         simulated_s,
         mean_s,
         error=_error(simulated_s, mean_s),
-        error_probed=_error(float(np.mean(slowed_s)), mean_s) if slowed_s else None,
+        error_probed=_error(float(np.mean(values_s(simulations.probed))), mean_s)
+        if simulations.probed
+        else None,
+        error_calibrated=max(calibrated, key=abs) if calibrated else None,
         error_at_pace=_error(float(np.mean(at_pace_s)), mean_s),
-        scatter_at_pace=float(np.std(at_pace_s) / np.mean(at_pace_s)) if np.mean(at_pace_s) > 0 else 0.0,
+        scatter_at_pace=scatter_s / float(np.mean(at_pace_s)) if np.mean(at_pace_s) > 0 else 0.0,
         noise=noise,
         allowed=allowed,
         speed=tolerance.speed,

@@ -6,21 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import numpy as np
-
 from experiments.batch_times import BatchTimes, IterationErrors, batch_times
 from experiments.build import Experiment
 from experiments.config import Speed, ValidateConfig
-from experiments.ladder import Comparison, OperatorErrors, compare_requests, operator_errors
+from experiments.forecasts import Forecasts, forecast
+from experiments.ladder import Comparison, OperatorErrors, Simulations, compare_requests, operator_errors
 from experiments.live import summarize_live
 from experiments.live_records import LiveRun, fingerprint
 from experiments.pace import Leftover, leftover, measured_paces
 from experiments.run import summarize_run
-from experiments.slow_moments import Probes, slowdowns
+from experiments.slow_moments import Probes
 from experiments.text import percent
-from sim.paced import Pace, simulate_paced
+from sim.paced import Pace
 from sim.replayed import Parity, replay
-from sim.slowed import simulate_slowed
 from traces.records import RunRecords
 
 Status = Literal["holds", "broken", "unknown"]
@@ -29,9 +27,9 @@ DECIDING = ("decisions", "request")
 HOW: Mapping[Speed, str] = {
     "profile": "as it is",
     "probed": "with the machine's slow moments",
+    "calibrated": "calibrated on the other live runs",
     "measured": "at pace",
 }
-SIMULATIONS = 10  # at the measured pace, each with other draws
 _COUNTS = 0.05  # share of the predicted time from which an operator's errors count
 
 
@@ -57,8 +55,11 @@ class Ladder:
         paces: of each stage, as its batches had it.
         slowdowns: how many times as long batches took in slow moments, by ``BOUNDS``.
         slow_shares: of each live run, the share of its probes that found a core slow; None without probes.
-        leftover: what they leave of the errors of batch times.
-        at_pace: simulations at them.
+        batch_errors: of each live run, batch times as calibrated on the others ÷ as measured − 1, in the sum;
+            empty for a single run.
+        leftover: what the paces leave of the errors of batch times.
+        calibrated: simulations of each live run, calibrated on the others; empty for a single run.
+        at_pace: simulations at the pace of each live run.
         tolerance: what the rungs were judged by.
     """
 
@@ -71,7 +72,9 @@ class Ladder:
     paces: Sequence[Pace]
     slowdowns: Sequence[float]
     slow_shares: Sequence[float | None]
+    batch_errors: Sequence[float]
     leftover: Leftover | None
+    calibrated: Sequence[RunRecords]
     at_pace: Sequence[RunRecords]
     tolerance: ValidateConfig
 
@@ -100,16 +103,11 @@ def climb(experiment: Experiment, simulated: dict[str, Any], runs: Sequence[Live
     parities = [replay(workload, with_capacity_of(run, experiment).setup, run.times()) for run in runs]
     same_cost = all(run.cost in ("", fingerprint(setup.cost)) for run in runs)
     speed = iterations.total.measured_over_predicted if iterations.total is not None else 1.0
-    slower = _slowdowns(parts, times)
     paces = measured_paces(times, stages)
-    at_pace = [whole(simulate_paced(workload, setup, paces, seed)) for seed in range(SIMULATIONS)]
-    summaries = [summarize_run(records, experiment) for records in at_pace]
-    slowed = [
-        summarize_run(whole(simulate_slowed(workload, setup, probes.moments(place), slower)), experiment)
-        for place in range(len(runs) if probes.are_known else 0)
-    ]
+    forecasts = forecast(experiment, parts, probes)
+    simulations = _summarize(simulated, forecasts, experiment)
     measured = [summarize_live(run.records, experiment) for run in runs]
-    comparisons = compare_requests(simulated, slowed, summaries, measured, tolerance.request)
+    comparisons = compare_requests(simulations, measured, tolerance.request)
     rungs = (
         _operator_rung(operators, tolerance),
         _iteration_rung(iterations, tolerance),
@@ -124,32 +122,26 @@ def climb(experiment: Experiment, simulated: dict[str, Any], runs: Sequence[Live
         comparisons=comparisons,
         speed=speed,
         paces=paces,
-        slowdowns=slower,
+        slowdowns=forecasts.slowdowns,
         slow_shares=[probes.slow_share(place) for place in range(len(runs))],
+        batch_errors=forecasts.batch_errors,
         leftover=leftover(times, paces),
-        at_pace=at_pace,
+        calibrated=[records for draws in forecasts.calibrated for records in draws],
+        at_pace=[records for draws in forecasts.at_pace for records in draws],
         tolerance=tolerance,
     )
 
 
-def _slowdowns(parts: Sequence[BatchTimes], times: BatchTimes) -> list[float]:
-    """Of batches of the same run, stage and bound with as many decodes."""
-    run = np.concatenate([np.full(len(part.stage), place) for place, part in enumerate(parts)])
-    keys = np.stack([run, times.stage, times.bound, times.decodes], axis=1)
-    took = (times.predicted_s > 0.0) & (times.measured_s > 0.0)
-    times_s = times.predicted_s[took], times.measured_s[took]
-    return slowdowns(keys[took], times.bound[took], times_s, times.slowness[took])
+def _summarize(simulated: dict[str, Any], forecasts: Forecasts, experiment: Experiment) -> Simulations:
+    def summaries(records: Sequence[RunRecords]) -> list[dict[str, Any]]:
+        return [summarize_run(each, experiment) for each in records]
 
-
-def whole(records: RunRecords) -> RunRecords:
-    """The records of a simulation that came to its end.
-
-    Raises:
-        KeyboardInterrupt: it was ended by Ctrl-C.
-    """
-    if records.interrupted:
-        raise KeyboardInterrupt
-    return records
+    return Simulations(
+        as_it_is=simulated,
+        probed=summaries(forecasts.probed),
+        calibrated=[summaries(draws) for draws in forecasts.calibrated],
+        at_pace=[summaries(draws) for draws in forecasts.at_pace],
+    )
 
 
 def with_capacity_of(run: LiveRun, experiment: Experiment) -> Experiment:

@@ -13,8 +13,8 @@ Allowed = Positive | Annotated[dict[Statistic, Positive], Field(min_length=1)]
 Latency = Literal["ttft_s", "tpot_s", "tbt_s", "e2e_s"]
 _JUDGED_STATISTICS: tuple[Statistic, ...] = ("mean", "p50", "p99")
 _JUDGED: tuple[Latency, ...] = ("ttft_s", "tpot_s")
-Speed = Literal["profile", "probed", "measured"]
-SPEEDS: tuple[Speed, ...] = ("profile", "probed", "measured")
+Speed = Literal["profile", "probed", "calibrated", "measured"]
+SPEEDS: tuple[Speed, ...] = ("profile", "probed", "calibrated", "measured")
 """From the one that takes nothing from the live runs to the one that takes most."""
 
 
@@ -31,8 +31,8 @@ class RequestTolerance(QuantileTolerance):
     little to judge a latency by.
 
     ``speed`` says at which speed of the machine the simulation may be judged: that of its profile alone; or,
-    unless all is within bounds at that, with the slow moments that probes found (``sim.slowed``); or else at
-    the pace that the batches of the live runs had (``experiments.pace``).
+    unless all is within bounds at that, with the slow moments that probes found; or else calibrated on the
+    other live runs; or else at the pace that the run's own batches had (see ``experiments.forecasts``).
     """
 
     p90: Positive = 0.10

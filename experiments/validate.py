@@ -9,12 +9,13 @@ from pathlib import Path
 from experiments.build import Experiment, build, errors_from
 from experiments.cases import Case, load_cases
 from experiments.engine_replay import print_replay, replay_engine, write_replay
+from experiments.forecasts import whole
 from experiments.live import live_setup, serve_live
 from experiments.live_records import LiveRun, find_live_runs, read_live_run
 from experiments.measured import find_requests, read_measured
 from experiments.output import choose_folder, interruptible, writing
 from experiments.run import summarize_run
-from experiments.rungs import Ladder, climb, whole, with_capacity_of
+from experiments.rungs import Ladder, climb, with_capacity_of
 from experiments.terminal import progress_bar
 from experiments.validation_files import Outcome, write_case, write_set
 from experiments.validation_text import print_outcome, print_outcomes

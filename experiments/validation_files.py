@@ -62,7 +62,7 @@ class Outcome:
 
     def without_simulations(self) -> Outcome:
         """The same for a table of many cases, when its own files are written."""
-        ladder = None if self.ladder is None else replace(self.ladder, at_pace=())
+        ladder = None if self.ladder is None else replace(self.ladder, calibrated=(), at_pace=())
         return replace(self, simulated=None, ladder=ladder)
 
 
@@ -138,6 +138,7 @@ def verdict_data(outcome: Outcome) -> dict[str, Any]:
             "iterations": asdict(ladder.iterations),
             "slow_shares": list(ladder.slow_shares),
             "slowdowns": dict(zip(BOUNDS, ladder.slowdowns, strict=True)),
+            "batch_errors_calibrated": list(ladder.batch_errors),
             "leftover": None if ladder.leftover is None else asdict(ladder.leftover),
             "operators": [asdict(each) for each in ladder.operators],
             "decisions": [asdict(each) for each in ladder.parities],
@@ -215,13 +216,17 @@ def _tests(outcome: Outcome) -> list[tuple[str, str, str]]:
 
 
 def _write_plots(folder: Path, outcome: Outcome) -> None:
-    """A CDF of each latency: the live runs, the simulation as it is, and those at pace together."""
+    """A CDF of each latency: the live runs, the simulation as it is, and those calibrated together, or of a
+    single live run those at pace."""
     from experiments.plots import draw_cdf
 
     folder.mkdir()
     sides = [(f"live run {number}", [run.records]) for number, run in enumerate(outcome.runs, start=1)]
-    if outcome.ladder is not None:
-        sides.append(("simulated at pace", list(outcome.ladder.at_pace)))
+    ladder = outcome.ladder
+    if ladder is not None and ladder.calibrated:
+        sides.append(("simulated, calibrated", list(ladder.calibrated)))
+    elif ladder is not None:
+        sides.append(("simulated at pace", list(ladder.at_pace)))
     if outcome.simulated is not None:
         sides.append(("simulated", [outcome.simulated]))
     for name, (title, what) in _WHAT.items():

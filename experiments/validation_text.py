@@ -18,13 +18,12 @@ from sim.paced import BOUNDS, Pace
 
 _DISTURBED = 0.01  # share of a live run without a core from which it is worth saying
 _KINDS = ("decodes", "with chunks", "bound by attention")  # as in BOUNDS
-_HEADER = ("latency", "", "simulated", "live", "as it is", "probed", "at pace", "live noise", "allowed", "")
+_ERRORS = ("as it is", "probed", "calibrated", "at pace")
+_HEADER = ("latency", "", "simulated", "live", *_ERRORS, "live noise", "allowed", "")
 _NUMBERS = (
     "simulated",
     "live",
-    "as it is",
-    "probed",
-    "at pace",
+    *_ERRORS,
     "live noise",
     "allowed",
     "batches",
@@ -73,6 +72,9 @@ def print_outcome(outcome: Outcome) -> None:
             f"{name} {factor:.2f}" for name, factor in zip(_KINDS, ladder.slowdowns, strict=True)
         )
         print(f"then batches took so many times as long as on cores of their own: {slower}")
+    if ladder is not None and ladder.batch_errors:
+        off = ", ".join(map(signed, ladder.batch_errors))
+        print(f"calibrated on the others, batch times of each live run are off by {off} in the sum")
     print(f"{outcome.name}: {verdict(outcome)}\n")
 
 
@@ -131,6 +133,7 @@ def _comparison(each: Comparison) -> tuple[str, ...]:
         seconds(each.live_s),
         signed(each.error),
         "" if each.error_probed is None else signed(each.error_probed),
+        "" if each.error_calibrated is None else signed(each.error_calibrated),
         signed(each.error_at_pace),
         "" if each.noise is None else percent(each.noise),
         "" if each.allowed is None else percent(each.allowed),

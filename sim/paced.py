@@ -1,5 +1,8 @@
 """A simulation on a machine that is slower, or faster, than its profile says, and not always equally so.
 
+What a batch takes is what is predicted, times a factor that batches of its kind had, times what a slow moment
+of the machine makes of it if it meets one.
+
 Policies go on deciding by the profile, as they do on such a machine: only what batches really take changes.
 That they don't all take the same multiple of it matters by itself: queues grow with the variance of what is
 waited for, and the stages of a pipeline wait for each other.
@@ -19,6 +22,7 @@ from policies.batch import Batch, Load
 from policies.cost import CostModel
 from sim.cluster import Cluster, Setup
 from sim.replica import Replica
+from sim.slowed import Slowness
 from traces.records import RunRecords
 from traces.workload import Workload
 
@@ -85,22 +89,42 @@ def bound_of(loads: Sequence[Load], cost: CostModel) -> int:
     return 1
 
 
-def simulate_paced(workload: Workload, setup: Setup, paces: Sequence[Pace], seed: int = 0) -> RunRecords:
+def simulate_paced(
+    workload: Workload,
+    setup: Setup,
+    paces: Sequence[Pace],
+    seed: int = 0,
+    slowness: Slowness | None = None,
+) -> RunRecords:
     """Simulate ``workload`` at a pace for each stage; what lies between stages is as predicted.
 
     Args:
-        paces: of each stage.
+        paces: of each stage; on cores of its own, if there is a ``slowness``.
         seed: of the draws.
+        slowness: of the machine; None has no slow moments.
     """
-    replica = partial(_PacedReplica, paces=paces, random=Random(seed))
+    if slowness is not None and len(slowness.slowdowns) != len(BOUNDS):
+        raise ValueError(f"there are {len(BOUNDS)} slowdowns, not {len(slowness.slowdowns)}")
+    replica = partial(_PacedReplica, paces=paces, random=Random(seed), slowness=slowness)
     return Cluster(workload, setup, step_by_step=True, replica=replica).run()
 
 
 class _PacedReplica(Replica):
-    def __init__(self, *arguments: Any, paces: Sequence[Pace], random: Random, **options: Any) -> None:
+    def __init__(
+        self,
+        *arguments: Any,
+        paces: Sequence[Pace],
+        random: Random,
+        slowness: Slowness | None,
+        **options: Any,
+    ) -> None:
         self._drawn = [[pace.of(bound).drawn(random) for bound in range(len(BOUNDS))] for pace in paces]
+        self._slowness = slowness
         super().__init__(*arguments, **options)
 
     def stage_s(self, batch: Batch, stage: int) -> float:
-        factors = self._drawn[stage][bound_of(batch.loads, self.cost)]
-        return next(factors) * super().stage_s(batch, stage)
+        bound = bound_of(batch.loads, self.cost)
+        time_s = next(self._drawn[stage][bound]) * super().stage_s(batch, stage)
+        if self._slowness is None:
+            return time_s
+        return time_s * self._slowness.factor(stage, bound, self.env.now, time_s)

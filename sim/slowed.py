@@ -1,9 +1,9 @@
-"""A simulation on a machine that has slow moments, at the times at which a live run had them.
+"""A machine's slow moments, at the times at which a live run had them.
 
 A core that somebody else is on takes longer for everything, for 50 ms to some seconds. Probes that have
 nothing to do with what is served say when (see ``runtime.core_probe``); how much longer batches then take,
-against those on cores of their own, is a property of the machine. What batches take on cores of their own
-stays as predicted.
+against those on cores of their own, is a property of the machine. All stages and all kinds of batches meet
+the same moments.
 """
 
 from __future__ import annotations
@@ -11,16 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import accumulate
-from typing import Any
-
-from policies.batch import Batch
-from sim.cluster import Cluster, Setup
-from sim.paced import BOUNDS, bound_of
-from sim.replica import Replica
-from traces.records import RunRecords
-from traces.workload import Workload
 
 NEAR_S = 0.1  # a probe says something of the moments so far from it: slow ones last as long or longer
 
@@ -49,29 +40,20 @@ class SlowMoments:
         return (self._slow_until[last] - self._slow_until[first]) / max(last - first, 1)
 
 
-def simulate_slowed(
-    workload: Workload, setup: Setup, moments: Sequence[SlowMoments], slowdowns: Sequence[float]
-) -> RunRecords:
-    """Simulate ``workload`` with slow moments; policies go on deciding by the profile.
+@dataclass(frozen=True, slots=True)
+class Slowness:
+    """When the cores of each stage were slow, and what that does to batches.
 
-    Args:
+    Attributes:
         moments: of each stage.
-        slowdowns: by :func:`sim.paced.bound_of`: how many times as long a batch takes that is all in one.
+        slowdowns: by ``sim.paced.BOUNDS``: how many times as long a batch takes that is all in a slow moment.
     """
-    if len(slowdowns) != len(BOUNDS):
-        raise ValueError(f"there are {len(BOUNDS)} slowdowns, not {len(slowdowns)}")
-    replica = partial(_SlowedReplica, moments=moments, slowdowns=slowdowns)
-    return Cluster(workload, setup, step_by_step=True, replica=replica).run()
 
+    moments: Sequence[SlowMoments]
+    slowdowns: Sequence[float]
 
-class _SlowedReplica(Replica):
-    def __init__(
-        self, *arguments: Any, moments: Sequence[SlowMoments], slowdowns: Sequence[float], **options: Any
-    ) -> None:
-        self._moments, self._slowdowns = moments, slowdowns
-        super().__init__(*arguments, **options)
-
-    def stage_s(self, batch: Batch, stage: int) -> float:
-        time_s, now_s = super().stage_s(batch, stage), self.env.now
-        share = self._moments[stage].share(now_s, now_s + time_s)
-        return time_s * (1.0 + share * (self._slowdowns[bound_of(batch.loads, self.cost)] - 1.0))
+    def factor(self, stage: int, bound: int, start_s: float, time_s: float) -> float:
+        """How many times as long a batch takes that began at ``start_s`` and takes ``time_s`` on cores of its
+        own."""
+        share = self.moments[stage].share(start_s, start_s + time_s)
+        return 1.0 + share * (self.slowdowns[bound] - 1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from experiments.build import Experiment, build
 from experiments.cases import load_cases
 from experiments.cli import main
 from experiments.config import RequestTolerance
-from experiments.ladder import compare_requests
+from experiments.ladder import Comparison, Simulations, compare_requests
 from experiments.live import serve_live
 from experiments.live_records import LiveRun
 from experiments.load import load_config
@@ -56,45 +57,85 @@ def summary(ttft_s: float, tpot_s: float | None = 0.01) -> dict[str, Any]:
     )
 
 
+def compared(
+    simulated: dict[str, Any],
+    live: Sequence[dict[str, Any]],
+    tolerance: RequestTolerance,
+    *,
+    probed: Sequence[dict[str, Any]] = (),
+    calibrated: Sequence[Sequence[dict[str, Any]]] = (),
+    at_pace: Sequence[Sequence[dict[str, Any]]] = (),
+) -> list[Comparison]:
+    """At pace it is as it is, unless something else is given."""
+    paced = at_pace or [[simulated] for _ in live]
+    return compare_requests(Simulations(simulated, probed, calibrated, paced), live, tolerance)
+
+
 def test_an_error_may_be_as_large_as_the_tolerance_or_the_noise() -> None:
     tolerance = RequestTolerance(p50=0.05, p90=0.1, noise_factor=1.5)
     # Live runs of 0.9 and 1.1 s: 20 % noise, so 30 % are allowed.
-    rows = {
-        (row.metric, row.statistic): row
-        for row in compare_requests(
-            summary(1.29), [], [summary(1.1)], [summary(0.9), summary(1.1)], tolerance
-        )
-    }
+    live = [summary(0.9), summary(1.1)]
+    rows = {(row.metric, row.statistic): row for row in compared(summary(1.29), live, tolerance)}
     ttft = rows["ttft_s", "p50"]
     assert (ttft.live_s, ttft.error, ttft.noise, ttft.allowed) == pytest.approx((1.0, 0.29, 0.2, 0.3))
     assert ttft.passes and rows["ttft_s", "p99"].allowed is None
     tpot = rows["tpot_s", "p90"]
     assert (tpot.error, tpot.noise, tpot.allowed) == pytest.approx((0.0, 0.0, 0.1))
-    late = compare_requests(summary(1.31), [], [summary(1.0)], [summary(0.9), summary(1.1)], tolerance)
-    assert not all(row.passes for row in late)
-    fair = tolerance.model_copy(update={"speed": "measured"})
-    paced = compare_requests(summary(2.0), [summary(1.5)], [summary(1.04)], [summary(1.0)], fair)
-    assert all(row.passes and row.speed == "measured" for row in paced)
-    slowed = compare_requests(
-        summary(2.0), [summary(0.9), summary(1.14)], [summary(1.5)], [summary(1.0)], fair
-    )
-    assert all(row.passes and row.speed == "probed" for row in slowed)
-    assert slowed[0].error_probed == pytest.approx(0.02) == pytest.approx(slowed[0].judged)
-    as_it_is = compare_requests(summary(1.0), [summary(2.0)], [summary(2.0)], [summary(1.0)], fair)
-    assert all(row.passes and row.speed == "profile" for row in as_it_is)
-    strict = compare_requests(summary(2.0), [summary(1.0)], [summary(1.0)], [summary(1.0)], tolerance)
-    assert {
-        (row.passes, row.speed) for row in strict if row.metric == "ttft_s" and row.allowed is not None
-    } == {(False, "profile")}
-    several = compare_requests(summary(1.0), [], [summary(0.9), summary(1.3)], [summary(1.0)], tolerance)
-    assert several[0].error_at_pace == pytest.approx(0.1) and several[0].error == 0.0
-    assert several[0].scatter_at_pace == pytest.approx(0.2 / 1.1)
-    alone = compare_requests(summary(1.06), [], [summary(1.0)], [summary(1.0)], tolerance)
+    assert not all(row.passes for row in compared(summary(1.31), live, tolerance))
+    alone = compared(summary(1.06), [summary(1.0)], tolerance)
     assert alone[0].noise is None and not all(row.passes for row in alone)
 
 
+def test_the_first_error_within_what_is_allowed_is_judged() -> None:
+    fair = RequestTolerance(p50=0.05, p90=0.1, speed="measured")
+    live = [summary(1.0), summary(1.0)]
+    good, bad = summary(1.04), summary(1.5)
+    others: dict[str, Any] = {"probed": [bad, bad], "calibrated": [[bad], [bad]], "at_pace": [[bad], [bad]]}
+
+    def judged(simulated: dict[str, Any], tolerance: RequestTolerance, **found: Any) -> tuple[bool, str]:
+        rows = compared(simulated, live, tolerance, **(others | found))
+        (speed,) = {row.speed for row in rows}
+        return all(row.passes for row in rows), speed
+
+    assert judged(good, fair) == (True, "profile")
+    assert judged(bad, fair, probed=[good, good]) == (True, "probed")
+    assert judged(bad, fair, calibrated=[[good], [good]]) == (True, "calibrated")
+    assert judged(bad, fair, at_pace=[[good], [good]]) == (True, "measured")
+    assert judged(bad, fair) == (False, "measured")
+    # No further than the configuration says.
+    strict = fair.model_copy(update={"speed": "profile"})
+    assert judged(bad, strict, probed=[good, good]) == (False, "profile")
+    between = fair.model_copy(update={"speed": "calibrated"})
+    assert judged(bad, between, at_pace=[[good], [good]]) == (False, "calibrated")
+    # Without probes, or other runs, there is nothing of the kind to be judged.
+    assert judged(bad, between, probed=[], calibrated=[]) == (False, "profile")
+
+
+def test_what_is_simulated_several_times_counts_in_the_mean_and_calibrated_for_the_worst_run() -> None:
+    tolerance, live = RequestTolerance(), [summary(1.0), summary(2.0)]
+    (row, *_) = compared(
+        summary(1.5),
+        live,
+        tolerance,
+        probed=[summary(0.9), summary(2.4)],
+        calibrated=[[summary(1.0), summary(1.4)], [summary(1.5), summary(1.7)]],
+        at_pace=[[summary(0.9), summary(1.3)], [summary(2.0), summary(2.4)]],
+    )
+    assert row.error == pytest.approx(0.0)
+    assert row.error_probed == pytest.approx(0.1)
+    # One is 20 % too long, the other 20 % too short; with 1.3 for 1.4 it would be 15 and the other counts.
+    assert row.error_calibrated == pytest.approx(0.2)
+    assert row.error_at_pace == pytest.approx(0.1)
+    assert row.scatter_at_pace == pytest.approx(0.2 / 1.65)
+    (other, *_) = compared(
+        summary(1.5), live, tolerance, calibrated=[[summary(1.0), summary(1.3)], [summary(1.6)]]
+    )
+    assert other.error_calibrated == pytest.approx(-0.2) and other.error_probed is None
+    assert compared(summary(1.0), [summary(1.0)], tolerance)[0].error_calibrated is None
+
+
 def test_a_latency_that_one_side_lacks_never_passes() -> None:
-    rows = compare_requests(summary(1.0, None), [], [summary(1.0)], [summary(1.0)], RequestTolerance())
+    rows = compared(summary(1.0, None), [summary(1.0)], RequestTolerance())
     tpot = [row for row in rows if row.metric == "tpot_s"]
     assert tpot and all(row.error == float("inf") for row in tpot)
     assert not all(row.passes for row in tpot)
@@ -212,10 +253,12 @@ def test_ctrl_c_while_judging_is_no_verdict(
     where: str,
 ) -> None:
     """In the middle of a simulation, too, of which the part that was done is not judged."""
-    module = "experiments.validate" if where == "summarize_run" else "experiments.rungs"
+    module = {"summarize_run": "experiments.validate", "simulate_paced": "experiments.forecasts"}.get(
+        where, "experiments.rungs"
+    )
     real = getattr(import_module(module), where)
 
-    def interrupting(*arguments: Any) -> Any:
+    def interrupting(*arguments: Any, **options: Any) -> Any:
         if where == "summarize_run":
             signal.raise_signal(signal.SIGINT)
         original = Scheduler.next_batch
@@ -227,7 +270,7 @@ def test_ctrl_c_while_judging_is_no_verdict(
 
         with monkeypatch.context() as patched:
             patched.setattr(Scheduler, "next_batch", next_batch)
-            return real(*arguments)
+            return real(*arguments, **options)
 
     monkeypatch.setattr(f"{module}.{where}", interrupting)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -44,7 +44,7 @@ def test_recorded_runs_are_still_explained(case: Path, tmp_path: Path) -> None:
         assert (one["metric"], one["statistic"]) == (other["metric"], other["statistic"])
         assert other["live_s"] == pytest.approx(one["live_s"], rel=1e-6)
         if one["allowed"] is not None:
-            for error in ("error", "error_probed", "error_at_pace"):
+            for error in ("error", "error_probed", "error_calibrated", "error_at_pace"):
                 assert abs(one[error]) > one["allowed"] or abs(other[error]) <= other["allowed"], (
                     error,
                     other,

@@ -25,8 +25,8 @@ from experiments.validation_files import Outcome, pace_data, write_case
 from experiments.validation_text import print_outcome, verdict
 from policies.batch import Batch
 from sim.cluster import simulate
-from sim.paced import Factors, Pace
-from sim.slowed import SlowMoments, simulate_slowed
+from sim.paced import Factors, Pace, simulate_paced
+from sim.slowed import SlowMoments, Slowness
 from tests.test_replayed_runs import experiment, noted
 from traces.stored import read_host_csv
 
@@ -121,13 +121,17 @@ def test_slow_moments_slow_down_what_falls_into_them(tmp_path: Path) -> None:
     at_s = np.arange(0.0, 2 * half_s, 0.5)
     moments = [SlowMoments(at_s.tolist(), (at_s >= half_s - 50.0).tolist())]
     plain = simulate(one, made.setup)
-    slowed = simulate_slowed(one, made.setup, moments, (3.0, 2.0, 9.0))
+    slowness = Slowness(moments, (3.0, 2.0, 9.0))
+    slowed = simulate_paced(one, made.setup, [Pace()], slowness=slowness)
     factor = np.where(one.arrival_s >= half_s, 2.0, 1.0)
     np.testing.assert_allclose(slowed.ttft_s, factor * plain.ttft_s, rtol=1e-6)
     rest_s = plain.e2e_s - plain.ttft_s
     np.testing.assert_allclose(slowed.e2e_s - slowed.ttft_s, (2 * factor - 1) * rest_s, rtol=1e-6, atol=1e-12)
+    # On top of a pace: a chunk that takes five times as long takes ten in a slow moment.
+    both = simulate_paced(one, made.setup, [Pace(linear=Factors((5.0,)))], slowness=slowness)
+    np.testing.assert_allclose(both.ttft_s, 5.0 * factor * plain.ttft_s, rtol=1e-6)
     with pytest.raises(ValueError, match="there are 3 slowdowns, not 1"):
-        simulate_slowed(one, made.setup, moments, (1.0,))
+        simulate_paced(one, made.setup, [Pace()], slowness=Slowness(moments, (1.0,)))
 
 
 def test_host_times_of_older_runs_have_no_probes(tmp_path: Path) -> None:
