@@ -3,8 +3,8 @@
 Two ranks of a live run have a core each. If the cores of a virtual machine are two threads of one real core,
 or share what they need, each rank is slower while the other one works, which a profile of one rank doesn't
 know. Here one process measures three kinds of work on its core, while another one on the next core does
-nothing, computes, or reads memory, for a quarter of a second each, in turns and in random order: what the
-rest of the host does changes more slowly than that, and cancels out.
+nothing, computes, or reads memory, for a quarter of a second each, in turns and in random order: what others
+do on the host meets all three alike in the mean, and the standard error says how well.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing.synchronize import Event
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,9 +39,13 @@ def main() -> int:
     seconds = parser.parse_args().seconds
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if len(cores) < 2:
-        print("this process may not choose between two cores: nothing to compare")
+        print("bench_cores: this process may not choose between two cores", file=sys.stderr)
         return 2
-    times_s = measure(seconds, cores[0], cores[1])
+    try:
+        times_s = measure(seconds, cores[0], cores[1])
+    except InputError as error:
+        print(f"bench_cores: {error}", file=sys.stderr)
+        return 2
     rows = []
     for name, found in times_s.items():
         ratios = [slowdown(found[:, 0], found[:, place]) for place in (1, 2)]
@@ -63,13 +70,14 @@ def measure(seconds: float, core: int, other: int) -> dict[str, FloatArray]:
 
     Raises:
         InputError: too little time for two turns.
+        RuntimeError: the neighbour ended by itself.
     """
     turns = int(seconds / (len(NEIGHBOUR) * (_VISIT_S + _SETTLE_S)))
     if turns < 2:
         raise InputError(f"--seconds {seconds:g}: at least 2 for two turns")
     context = multiprocessing.get_context("spawn")
-    doing = context.Value("i", 0, lock=False)
-    neighbour = context.Process(target=_work_beside, args=(other, doing, os.getpid()), daemon=True)
+    doing, is_ready = context.Value("i", 0, lock=False), context.Event()
+    neighbour = context.Process(target=_work_beside, args=(other, doing, is_ready, os.getpid()), daemon=True)
     neighbour.start()
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {core})
@@ -77,6 +85,8 @@ def measure(seconds: float, core: int, other: int) -> dict[str, FloatArray]:
         works = _works()
         for work in works.values():
             _repeated_s(work, 10)
+        if not is_ready.wait(timeout=60.0):
+            raise RuntimeError("the process on the other core didn't start within a minute")
         random = np.random.default_rng(0)
         result = {name: np.zeros((turns, len(NEIGHBOUR))) for name in works}
         for turn in range(turns):
@@ -85,6 +95,8 @@ def measure(seconds: float, core: int, other: int) -> dict[str, FloatArray]:
                 time.sleep(_SETTLE_S)
                 for name, times_s in _visit(works).items():
                     result[name][turn, place] = float(np.median(times_s))
+        if not neighbour.is_alive():
+            raise RuntimeError(f"the process on the other core ended with {neighbour.exitcode}")
     finally:
         doing.value = -1
         os.sched_setaffinity(0, before)
@@ -134,10 +146,11 @@ def _works() -> dict[str, Callable[[], object]]:
     return {"reads weights, as a decode": decode, "computes, as a chunk": chunk, "a probe": probe}
 
 
-def _work_beside(core: int, doing: multiprocessing.sharedctypes.Synchronized[int], parent: int) -> None:
+def _work_beside(core: int, doing: Any, is_ready: Event, parent: int) -> None:
     """What the other process does until it is told to end, or the one that measures is gone."""
     os.sched_setaffinity(0, {core})
     decode, chunk, _ = _works().values()
+    is_ready.set()
     while (what := doing.value) >= 0 and os.getppid() == parent:
         if what == 0:
             time.sleep(0.002)

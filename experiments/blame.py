@@ -61,10 +61,9 @@ def blame(ladder: Ladder) -> Blame | None:
 
 def _left_at_pace(ladder: Ladder) -> str:
     """What is off, in standard errors of chance, and what a simulation at pace can be wrong by."""
-    runs = len(ladder.parities)
     parts = []
     for each in ladder.comparisons:
-        chance = each.scatter_at_pace * math.sqrt((1.0 / SIMULATIONS + 1.0) / runs)
+        chance = each.scatter_at_pace * math.sqrt(1.0 / SIMULATIONS + 1.0)
         if each.is_outside_at_pace and chance > 0.0:
             name = f"{each.metric.removesuffix('_s').upper()} {each.statistic}"
             parts.append(f"{name} is off by {abs(each.error_at_pace) / chance:.1f} standard errors of chance")

@@ -1,11 +1,13 @@
 """What is simulated for live runs besides the profile as it is: the machine's speed known more and more.
 
-    probed        when the cores of a run were slow, by its probes, and what slow moments do to batches
-    calibrated    that, and what batches of the other live runs took on cores of their own: nothing that a
+    probed        when the cores of a run were slow, by its probes; what slow moments do to batches is taken
+                  from the other live runs
+    calibrated    that, and what batches of the other live runs took on cores of their own: no time that a
                   batch of the run itself took goes into its forecast
-    at pace       that, and what batches of the run itself took
+    at pace       when its cores were slow, and all that its own batches took
 
-No latency of a request is looked at in any of them.
+No latency of a request is looked at in any of them. Of a single live run there are no others: what slow
+moments do is then taken from itself, and nothing is calibrated.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from experiments.batch_times import BatchTimes
 from experiments.build import Experiment
 from experiments.pace import measured_paces
 from experiments.slow_moments import Probes, slowdowns
-from sim.paced import Pace, simulate_paced
+from sim.paced import BOUNDS, Pace, simulate_paced
 from sim.slowed import Slowness
 from traces.records import RunRecords
 
@@ -34,12 +36,13 @@ class Forecasts:
     """Simulations, in the order of the live runs.
 
     Attributes:
-        probed: one of each run; empty if cores weren't probed.
+        probed: of each run; empty if cores weren't probed.
         calibrated: [runs, draws]; empty for a single run.
         at_pace: [runs, draws].
         slowdowns: how many times as long batches of all runs took in slow moments, by ``BOUNDS``.
         batch_errors: of each run, batch times as calibrated ÷ as measured − 1, in the sum; empty for a single
             run.
+        at_pace_s: of each run, what its batches take at its pace in the mean.
     """
 
     probed: Sequence[RunRecords]
@@ -47,6 +50,7 @@ class Forecasts:
     at_pace: Sequence[Sequence[RunRecords]]
     slowdowns: Sequence[float]
     batch_errors: Sequence[float]
+    at_pace_s: Sequence[FloatArray]
 
 
 def forecast(experiment: Experiment, parts: Sequence[BatchTimes], probes: Probes) -> Forecasts:
@@ -54,42 +58,42 @@ def forecast(experiment: Experiment, parts: Sequence[BatchTimes], probes: Probes
 
     Args:
         parts: batches of each.
-        probes: of all of them.
+        probes: of all of them; they count if every run has some of every stage.
 
     Raises:
         KeyboardInterrupt: Ctrl-C.
     """
     workload, setup = experiment.workload, experiment.setup
     stages = experiment.parallel.spp
-    count = len(parts)
-    slower = _slowdowns(parts)
+    if not probes.are_known:
+        parts = [replace(part, slowness=np.full(len(part.stage), np.nan)) for part in parts]
+    own = [_speed([part], stages) for part in parts]
+    others = []
+    if len(parts) > 1:
+        others = [_speed([*parts[:place], *parts[place + 1 :]], stages) for place in range(len(parts))]
 
-    def slowness(place: int, found: Sequence[float]) -> Slowness | None:
-        return Slowness(probes.moments(place), found) if probes.are_known else None
+    def simulated(place: int, speed: _Speed, draw: int = 0) -> RunRecords:
+        slowness = Slowness(probes.moments(place), speed.slowdowns) if probes.are_known else None
+        seed = place * SIMULATIONS + draw
+        return whole(simulate_paced(workload, setup, speed.paces, seed, slowness))
 
-    def simulated(place: int, speed: _Speed) -> list[RunRecords]:
-        slow = slowness(place, speed.slowdowns)
+    def drawn(speeds: Sequence[_Speed]) -> list[list[RunRecords]]:
         return [
-            whole(simulate_paced(workload, setup, speed.paces, seed, slow)) for seed in range(SIMULATIONS)
+            [simulated(place, speed, draw) for draw in range(SIMULATIONS)]
+            for place, speed in enumerate(speeds)
         ]
 
     probed = []
     if probes.are_known:
-        as_predicted = [Pace()] * stages
-        probed = [
-            whole(simulate_paced(workload, setup, as_predicted, slowness=slowness(place, slower)))
-            for place in range(count)
-        ]
-    own = [_speed([part], stages) for part in parts]
-    others = []
-    if count > 1:
-        others = [_speed([*parts[:place], *parts[place + 1 :]], stages) for place in range(count)]
+        as_predicted = [replace(speed, paces=[Pace()] * stages) for speed in others or own]
+        probed = [simulated(place, speed) for place, speed in enumerate(as_predicted)]
     return Forecasts(
         probed=probed,
-        calibrated=[simulated(place, speed) for place, speed in enumerate(others)],
-        at_pace=[simulated(place, speed) for place, speed in enumerate(own)],
-        slowdowns=slower,
-        batch_errors=[_batch_error(parts[place], speed) for place, speed in enumerate(others)],
+        calibrated=drawn(others),
+        at_pace=drawn(own),
+        slowdowns=_slowdowns(parts),
+        batch_errors=[_error(part, speed) for part, speed in zip(parts, others, strict=False)],
+        at_pace_s=[_batch_s(part, speed) for part, speed in zip(parts, own, strict=True)],
     )
 
 
@@ -137,9 +141,13 @@ def _slower(part: BatchTimes, found: Sequence[float]) -> FloatArray:
     return np.asarray(1.0 + slow * (np.array(found)[part.bound] - 1.0))
 
 
-def _batch_error(part: BatchTimes, speed: _Speed) -> float:
+def _batch_s(part: BatchTimes, speed: _Speed) -> FloatArray:
+    """What each batch takes in the mean."""
+    means = np.array([[pace.of(bound).mean for bound in range(len(BOUNDS))] for pace in speed.paces])
+    return np.asarray(part.predicted_s * means[part.stage, part.bound] * _slower(part, speed.slowdowns))
+
+
+def _error(part: BatchTimes, speed: _Speed) -> float:
     """Σ of batch times as forecast ÷ Σ as measured − 1; 0 if they took no time."""
-    means = np.array([[pace.decode.mean, pace.linear.mean, pace.attention.mean] for pace in speed.paces])
-    forecast_s = part.predicted_s * means[part.stage, part.bound] * _slower(part, speed.slowdowns)
     measured_s = float(part.measured_s.sum())
-    return float(forecast_s.sum()) / measured_s - 1.0 if measured_s > 0.0 else 0.0
+    return float(_batch_s(part, speed).sum()) / measured_s - 1.0 if measured_s > 0.0 else 0.0

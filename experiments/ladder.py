@@ -122,15 +122,16 @@ class Simulations:
 class Comparison:
     """One statistic of one latency.
 
+    What is simulated for a live run, with its slow moments or more, is held against that run, and the error
+    of the run that is further off counts: calibrated on each other, one is too fast where the other is too
+    slow.
+
     Attributes:
         live_s: mean over the live runs.
-        error: simulated ÷ live − 1.
-        error_probed: the same of simulations with the slow moments of each live run, in the mean; None if
-            cores weren't probed.
-        error_calibrated: of the simulations of each live run, calibrated on the others, against that run: the
-            largest. One run's is too fast where another's is too slow, so their mean would say little. None
-            for a single run.
-        error_at_pace: of simulations at the pace that the batches of each live run had, in the mean.
+        error: simulated as it is ÷ live − 1.
+        error_probed: of simulations with the slow moments of each run; None if cores weren't probed.
+        error_calibrated: of simulations of each run, calibrated on the others; None for a single run.
+        error_at_pace: of simulations at the pace that the batches of each run had.
         scatter_at_pace: standard deviation of those of a run ÷ their mean: by chance alone, as live runs
             differ.
         noise: largest difference between two live runs ÷ their mean; None with a single one.
@@ -226,26 +227,26 @@ def _compare(
     allowed = None
     if metric in tolerance.metrics and statistic in ("p50", "p90"):
         allowed = max(getattr(tolerance, statistic), tolerance.noise_factor * (noise or 0.0))
+
+    def worst(by_run: Sequence[Sequence[Mapping[str, Any]]]) -> float | None:
+        means_s = [float(np.mean(values_s(draws))) for draws in by_run]
+        errors = map(_error, means_s, live_s.tolist())
+        return max(errors, key=abs, default=None)
+
     simulated_s = value_s(simulations.as_it_is)
+    error_at_pace = worst(simulations.at_pace)
+    assert error_at_pace is not None
     at_pace_s = np.array([values_s(draws) for draws in simulations.at_pace])
-    calibrated = [
-        _error(float(np.mean(values_s(draws))), each_s)
-        for draws, each_s in zip(
-            simulations.calibrated, live_s.tolist()[: len(simulations.calibrated)], strict=True
-        )
-    ]
-    scatter_s = math.sqrt(float(np.mean(np.var(at_pace_s, axis=1))))
+    scatter_s = math.sqrt(float(np.mean(np.var(at_pace_s, axis=1, ddof=min(at_pace_s.shape[1] - 1, 1)))))
     return Comparison(
         metric,
         statistic,
         simulated_s,
         mean_s,
         error=_error(simulated_s, mean_s),
-        error_probed=_error(float(np.mean(values_s(simulations.probed))), mean_s)
-        if simulations.probed
-        else None,
-        error_calibrated=max(calibrated, key=abs) if calibrated else None,
-        error_at_pace=_error(float(np.mean(at_pace_s)), mean_s),
+        error_probed=worst([[each] for each in simulations.probed]),
+        error_calibrated=worst(simulations.calibrated),
+        error_at_pace=error_at_pace,
         scatter_at_pace=scatter_s / float(np.mean(at_pace_s)) if np.mean(at_pace_s) > 0 else 0.0,
         noise=noise,
         allowed=allowed,

@@ -47,7 +47,7 @@ def _factors(times: BatchTimes, rows: NDArray[np.bool_]) -> Factors:
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """What the paces leave of the errors of batch times, by what batches hold: those of a stage and a bound
+    """What is left of the errors of batch times at pace, by what batches hold: those of a stage and a bound
     with as many decodes are alike.
 
     Attributes:
@@ -66,15 +66,19 @@ class Leftover:
     worst_share: float
 
 
-def leftover(times: BatchTimes, paces: Sequence[Pace]) -> Leftover | None:
+def leftover(times: BatchTimes, predicted_s: FloatArray) -> Leftover | None:
     """What is left in groups of ``FEWEST`` batches or more; the others of a stage and a bound count as one.
-    None without any batches."""
+
+    Args:
+        predicted_s: of each batch, at pace.
+
+    Returns:
+        None without any batches.
+    """
     total_s = float(times.measured_s.sum())
     if total_s <= 0.0:
         return None
-    means = np.array([[pace.of(bound).mean for bound in range(len(BOUNDS))] for pace in paces])
-    predicted_s = times.predicted_s * means[times.stage, times.bound]
-    names, group = _groups(times, len(paces))
+    names, group = _groups(times, int(times.stage.max()) + 1)
 
     def off_s(measured_s: FloatArray) -> FloatArray:
         return np.asarray(np.bincount(group, predicted_s) - np.bincount(group, measured_s))

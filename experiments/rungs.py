@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
+
 from experiments.batch_times import BatchTimes, IterationErrors, batch_times
 from experiments.build import Experiment
+from experiments.chance import chance_to_hold
 from experiments.config import Speed, ValidateConfig
 from experiments.forecasts import Forecasts, forecast
 from experiments.ladder import Comparison, OperatorErrors, Simulations, compare_requests, operator_errors
@@ -52,12 +55,14 @@ class Ladder:
         parities: of each live run.
         comparisons: the table of the requests.
         speed: batch times as measured ÷ as predicted, all of them together.
-        paces: of each stage, as its batches had it.
+        paces: of each stage, as its batches had it in all live runs, slow moments included.
         slowdowns: how many times as long batches took in slow moments, by ``BOUNDS``.
         slow_shares: of each live run, the share of its probes that found a core slow; None without probes.
         batch_errors: of each live run, batch times as calibrated on the others ÷ as measured − 1, in the sum;
             empty for a single run.
-        leftover: what the paces leave of the errors of batch times.
+        chance_to_hold: how often a simulation that is right would be within what is allowed; None if that
+            isn't known.
+        leftover: what is left of the errors of batch times at pace.
         calibrated: simulations of each live run, calibrated on the others; empty for a single run.
         at_pace: simulations at the pace of each live run.
         tolerance: what the rungs were judged by.
@@ -73,6 +78,7 @@ class Ladder:
     slowdowns: Sequence[float]
     slow_shares: Sequence[float | None]
     batch_errors: Sequence[float]
+    chance_to_hold: float | None
     leftover: Leftover | None
     calibrated: Sequence[RunRecords]
     at_pace: Sequence[RunRecords]
@@ -125,7 +131,8 @@ def climb(experiment: Experiment, simulated: dict[str, Any], runs: Sequence[Live
         slowdowns=forecasts.slowdowns,
         slow_shares=[probes.slow_share(place) for place in range(len(runs))],
         batch_errors=forecasts.batch_errors,
-        leftover=leftover(times, paces),
+        chance_to_hold=chance_to_hold(simulations.at_pace, tolerance.request),
+        leftover=leftover(times, np.concatenate(forecasts.at_pace_s)),
         calibrated=[records for draws in forecasts.calibrated for records in draws],
         at_pace=[records for draws in forecasts.at_pace for records in draws],
         tolerance=tolerance,

@@ -139,6 +139,7 @@ def verdict_data(outcome: Outcome) -> dict[str, Any]:
             "slow_shares": list(ladder.slow_shares),
             "slowdowns": dict(zip(BOUNDS, ladder.slowdowns, strict=True)),
             "batch_errors_calibrated": list(ladder.batch_errors),
+            "chance_to_hold": ladder.chance_to_hold,
             "leftover": None if ladder.leftover is None else asdict(ladder.leftover),
             "operators": [asdict(each) for each in ladder.operators],
             "decisions": [asdict(each) for each in ladder.parities],

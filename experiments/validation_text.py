@@ -75,6 +75,10 @@ def print_outcome(outcome: Outcome) -> None:
     if ladder is not None and ladder.batch_errors:
         off = ", ".join(map(signed, ladder.batch_errors))
         print(f"calibrated on the others, batch times of each live run are off by {off} in the sum")
+    if ladder is not None and ladder.chance_to_hold is not None:
+        print(
+            f"a simulation that is right is within these bounds {percent(ladder.chance_to_hold)} of the time"
+        )
     print(f"{outcome.name}: {verdict(outcome)}\n")
 
 
@@ -84,8 +88,18 @@ def print_outcomes(outcomes: Sequence[Outcome], asked: int, folder: Path) -> Non
         header = ("case", "TTFT p50", "TTFT p90", "TPOT p50", "TPOT p90", "batches, bias", "")
         print_table(header, [_line(outcome) for outcome in outcomes], right=header[1:-1])
         passed = sum(outcome.passes for outcome in outcomes)
-        print(f"\n{passed} of {asked} cases within tolerance")
+        print(f"\n{passed} of {asked} cases within tolerance{_expected(outcomes)}")
     print(f"Written to {folder}")
+
+
+def _expected(outcomes: Sequence[Outcome]) -> str:
+    """How many would be inside if the simulation were right."""
+    ladders = [outcome.ladder for outcome in outcomes]
+    chances = [ladder.chance_to_hold for ladder in ladders if ladder is not None]
+    if None in chances or len(chances) < len(outcomes):
+        return ""
+    expected = sum(chance for chance in chances if chance is not None)
+    return f"; a simulation that is right has {expected:.1f} inside in the mean"
 
 
 def verdict(outcome: Outcome) -> str:

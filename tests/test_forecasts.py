@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,8 +21,9 @@ from experiments.slow_moments import Probes
 from policies.batch import Batch
 from sim.cluster import simulate
 from tests.test_replayed_runs import experiment, noted
+from traces.records import RunRecords
 
-FACTOR = 3.0  # of slow moments
+FACTOR = 3.0  # of slow moments, unless something else is said
 
 
 def one_at_a_time(tmp_path: Path, count: int = 40) -> Experiment:
@@ -34,11 +35,18 @@ def one_at_a_time(tmp_path: Path, count: int = 40) -> Experiment:
     return replace(made, workload=alone)
 
 
-def served(made: Experiment, own: float, is_slow: Callable[[float], bool], probes: bool = True) -> LiveRun:
-    """A run whose batches take ``own`` times what is predicted, and ``FACTOR`` times that in slow moments."""
+def served(
+    made: Experiment,
+    own: float,
+    is_slow: Callable[[float], bool],
+    *,
+    factor: float = FACTOR,
+    probes: bool = True,
+) -> LiveRun:
+    """A run whose batches take ``own`` times what is predicted, and ``factor`` times that in slow moments."""
 
     def slower(batch: Batch, now_s: float) -> float:
-        return own * (FACTOR if is_slow(now_s) else 1.0)
+        return own * (factor if is_slow(now_s) else 1.0)
 
     _, live = noted(made, slower=slower)
     start_s = live.records.batches["start_s"]
@@ -114,26 +122,61 @@ def test_a_run_that_was_slower_than_the_others_is_forecast_too_fast(tmp_path: Pa
     assert three.batch_errors == pytest.approx([0.25, 1.0 / 1.5 - 1.0, 0.25])
 
 
+def test_what_slow_moments_do_is_taken_from_the_other_run(tmp_path: Path) -> None:
+    """By hand: batches of one run took three times as long in slow moments, of the other one 1.5 times."""
+    made = one_at_a_time(tmp_path)
+    runs = [served(made, 1.0, odd), served(made, 1.0, odd, factor=1.5)]
+    found = of(made, runs)
+    plain = simulate(made.workload, made.setup)
+    is_slow = np.array([odd(at_s) for at_s in made.workload.arrival_s.tolist()])
+    for place, theirs, its_own in ((0, 1.5, 3.0), (1, 3.0, 1.5)):
+        for records in (*found.calibrated[place], found.probed[place]):
+            np.testing.assert_allclose(
+                records.ttft_s, np.where(is_slow, theirs, 1.0) * plain.ttft_s, rtol=1e-6
+            )
+        for records in found.at_pace[place]:
+            np.testing.assert_allclose(
+                records.ttft_s, np.where(is_slow, its_own, 1.0) * plain.ttft_s, rtol=1e-6
+            )
+
+
+@pytest.mark.parametrize("only_slow", [False, True])
 @pytest.mark.parametrize("changes", [{}, {"parallel": {"spp": 2}}])
-def test_nothing_a_batch_took_is_in_the_forecast_of_its_own_run(
-    tmp_path: Path, changes: dict[str, object]
+def test_no_batch_time_is_in_the_forecast_of_its_own_run(
+    tmp_path: Path, changes: dict[str, object], only_slow: bool
 ) -> None:
-    """Other times of one run's batches change the forecasts of all runs but that one."""
+    """Other times of one run's batches, or of those in slow moments, change all forecasts but its own."""
     made = experiment(tmp_path, **changes)
     runs = [noted(made, slower=slower)[1] for slower in (0.1, 0.2)]
+    for place, run in enumerate(runs):
+        count = len(run.records.batches["start_s"])
+        probe_s = np.where(np.arange(count) // 6 % 2 == 0, 10.0, 20.0)
+        runs[place] = replace(
+            run, host={"probe_s": probe_s, "execute_s": 0 * probe_s, "sample_s": 0 * probe_s}
+        )
     probes = Probes(runs, made.parallel.spp)
+    assert probes.are_known
     before_parts = parts(made, runs, probes)
-    twice = replace(before_parts[0], measured_s=2.0 * before_parts[0].measured_s)
-    before, after = (forecast(made, found, probes) for found in (before_parts, [twice, before_parts[1]]))
+    chosen = before_parts[0].slowness == 1.0 if only_slow else np.ones(len(before_parts[0].stage), dtype=bool)
+    assert chosen.sum() > 10
+    longer = np.where(chosen, 2.0, 1.0) * before_parts[0].measured_s
+    changed = [replace(before_parts[0], measured_s=longer), before_parts[1]]
+    before, after = (forecast(made, found, probes) for found in (before_parts, changed))
 
-    def ends_s(found: Forecasts, place: int) -> list[NDArray[np.float64]]:
-        return [records.batches["end_s"] for records in found.calibrated[place]]
+    def ends_s(records: RunRecords) -> NDArray[np.float64]:
+        found: NDArray[np.float64] = records.batches["end_s"]
+        return found
 
-    for one, other in zip(ends_s(before, 0), ends_s(after, 0), strict=True):
-        np.testing.assert_array_equal(one, other)
-    assert not np.array_equal(ends_s(before, 1)[0], ends_s(after, 1)[0])
-    assert not np.array_equal(before.at_pace[0][0].batches["end_s"], after.at_pace[0][0].batches["end_s"])
-    np.testing.assert_array_equal(before.at_pace[1][0].batches["end_s"], after.at_pace[1][0].batches["end_s"])
+    def are_equal(one: Sequence[RunRecords], other: Sequence[RunRecords]) -> bool:
+        return all(np.array_equal(ends_s(a), ends_s(b)) for a, b in zip(one, other, strict=True))
+
+    assert are_equal(before.calibrated[0], after.calibrated[0])
+    assert are_equal(before.probed[:1], after.probed[:1])
+    assert are_equal(before.at_pace[1], after.at_pace[1])
+    assert not are_equal(before.calibrated[1], after.calibrated[1])
+    # All longer by the same, slow moments make as much of them as before.
+    assert are_equal(before.probed[1:], after.probed[1:]) != only_slow
+    assert not are_equal(before.at_pace[0], after.at_pace[0])
 
 
 def test_without_probes_a_run_is_as_fast_as_the_others_were_in_all(tmp_path: Path) -> None:
@@ -142,6 +185,24 @@ def test_without_probes_a_run_is_as_fast_as_the_others_were_in_all(tmp_path: Pat
     found = of(made, runs)
     assert found.probed == []
     np.testing.assert_allclose(found.calibrated[0][0].ttft_s, runs[0].records.ttft_s, rtol=1e-6)
+
+
+def test_one_run_without_probes_leaves_slow_moments_in_all(tmp_path: Path) -> None:
+    """Slow moments that can't be put back into a run aren't taken out of what it is forecast by."""
+    made = one_at_a_time(tmp_path)
+    runs = [served(made, 1.0, odd), served(made, 1.0, odd, probes=False)]
+    found = of(made, runs)
+    assert found.probed == [] and found.batch_errors == pytest.approx([0.0, 0.0], abs=1e-9)
+    total_s = [float(records.e2e_s.sum()) for records in (runs[1].records, found.calibrated[1][0])]
+    assert total_s[1] == pytest.approx(total_s[0], rel=0.3)
+
+
+def test_every_run_has_draws_of_its_own(tmp_path: Path) -> None:
+    made = experiment(tmp_path)
+    live = noted(made)[1]
+    found = of(made, [live, live])
+    ends_s = [tuple(r.batches["end_s"].tolist()) for draws in found.at_pace for r in draws]
+    assert len(set(ends_s)) == 2 * SIMULATIONS
 
 
 def test_a_single_run_has_no_others(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_the_first_error_within_what_is_allowed_is_judged() -> None:
     assert judged(bad, between, probed=[], calibrated=[]) == (False, "profile")
 
 
-def test_what_is_simulated_several_times_counts_in_the_mean_and_calibrated_for_the_worst_run() -> None:
+def test_what_is_simulated_of_a_run_is_held_against_it_and_the_worst_counts() -> None:
     tolerance, live = RequestTolerance(), [summary(1.0), summary(2.0)]
     (row, *_) = compared(
         summary(1.5),
@@ -119,18 +119,19 @@ def test_what_is_simulated_several_times_counts_in_the_mean_and_calibrated_for_t
         tolerance,
         probed=[summary(0.9), summary(2.4)],
         calibrated=[[summary(1.0), summary(1.4)], [summary(1.5), summary(1.7)]],
-        at_pace=[[summary(0.9), summary(1.3)], [summary(2.0), summary(2.4)]],
+        at_pace=[[summary(0.9), summary(1.3)], [summary(1.6), summary(2.0)]],
     )
-    assert row.error == pytest.approx(0.0)
-    assert row.error_probed == pytest.approx(0.1)
-    # One is 20 % too long, the other 20 % too short; with 1.3 for 1.4 it would be 15 and the other counts.
-    assert row.error_calibrated == pytest.approx(0.2)
+    assert row.error == pytest.approx(0.0)  # of the mean of both
+    assert row.error_probed == pytest.approx(0.2)
+    assert row.error_calibrated == pytest.approx(0.2)  # and −20 %, whichever comes first
     assert row.error_at_pace == pytest.approx(0.1)
-    assert row.scatter_at_pace == pytest.approx(0.2 / 1.65)
+    # Standard deviation of samples of two that are 0.4 apart, ÷ the mean of all.
+    assert row.scatter_at_pace == pytest.approx(0.4 / 2**0.5 / 1.45)
     (other, *_) = compared(
         summary(1.5), live, tolerance, calibrated=[[summary(1.0), summary(1.3)], [summary(1.6)]]
     )
     assert other.error_calibrated == pytest.approx(-0.2) and other.error_probed is None
+    assert other.scatter_at_pace == 0.0
     assert compared(summary(1.0), [summary(1.0)], tolerance)[0].error_calibrated is None
 
 

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from experiments.batch_times import BatchTimes
 from experiments.blame import blame
 from experiments.build import Experiment
+from experiments.chance import chance_to_hold
+from experiments.config import RequestTolerance
 from experiments.live_records import LiveRun
 from experiments.pace import leftover, measured_paces
 from experiments.run import summarize_run
@@ -175,11 +177,17 @@ def times(bound: list[int], decodes: list[int], factor: list[float]) -> BatchTim
     return BatchTimes(parts_s, parts_s * np.nan, np.array(factor), *waits_s, *held, *known)
 
 
+def at_pace_s(times: BatchTimes) -> NDArray[np.float64]:
+    """With one stage and one bound: each batch as long as all are in the mean."""
+    (pace,) = measured_paces(times, 1)
+    return times.predicted_s * pace.decode.mean
+
+
 def test_what_pace_leaves_is_what_like_batches_are_off_by() -> None:
     """By hand: 200 decodes of two took 1 s each, 200 of three 2 s: at a pace of 1.5 all are off, by 200 s of
     600 together."""
     found = times([0] * 400, [2, 3] * 200, [1.0, 2.0] * 200)
-    left = leftover(found, measured_paces(found, 1))
+    left = leftover(found, at_pace_s(found))
     assert left is not None and left.share == pytest.approx(200 / 600)
     assert (left.worst, left.worst_error, left.worst_share) in (
         ("batches of 2 decodes", pytest.approx(0.5), pytest.approx(1 / 3)),
@@ -187,11 +195,11 @@ def test_what_pace_leaves_is_what_like_batches_are_off_by() -> None:
     )
     # All alike, however they scatter: nothing is left.
     alike = times([0] * 40, [2] * 40, [1.0, 3.0] * 20)
-    left = leftover(alike, measured_paces(alike, 1))
+    left = leftover(alike, at_pace_s(alike))
     assert left is not None and left.share == pytest.approx(0.0)
     # Fewer than ten alike count together.
     few = times([0] * 10, list(range(10)), [1.0, 3.0] * 5)
-    left = leftover(few, measured_paces(few, 1))
+    left = leftover(few, at_pace_s(few))
     assert left is not None
     assert (left.worst, left.share) == ("batches of other numbers of decodes", pytest.approx(0.0))
 
@@ -203,10 +211,10 @@ def test_what_is_left_by_chance_is_told_from_what_is_not() -> None:
     decodes = rng.integers(1, 6, 600)
     slow = np.repeat(rng.choice([1.0, 1.8], 30), 20)
     by_chance = times([0] * 600, decodes.tolist(), slow.tolist())
-    left = leftover(by_chance, measured_paces(by_chance, 1))
+    left = leftover(by_chance, at_pace_s(by_chance))
     assert left is not None and 0.0 < left.share < 1.3 * left.by_chance
     real = times([0] * 600, decodes.tolist(), (slow * (1.0 + 0.2 * decodes)).tolist())
-    left = leftover(real, measured_paces(real, 1))
+    left = leftover(real, at_pace_s(real))
     assert left is not None and left.share > 2.0 * left.by_chance
 
 
@@ -345,3 +353,25 @@ def test_live_runs_that_differ_too_much_give_no_verdict(
     strict: Any = {"request": {"p50": 1e-9, "p90": 1e-9, "noise_factor": 0.0}}
     (tmp_path / "strict").mkdir()
     assert blame(ladder(experiment(tmp_path / "strict", validate=strict), *runs)) is not None
+
+
+# -- chance -----------------------------------------------------------------------------------------------
+
+
+def test_a_right_simulation_misses_bounds_by_chance() -> None:
+    """By hand: of draws 1, 1 and 2 the others' mean is within 5 % of none: 1.5 of 1, 1.5 of 1, 1 of 2."""
+
+    def drawn(*ttfts_s: float) -> list[dict[str, Any]]:
+        return [{"ttft_s": dict.fromkeys(("mean", "p50", "p90", "p99"), each)} for each in ttfts_s]
+
+    tight = RequestTolerance(p50=0.05, p90=0.05, noise_factor=0.0, metrics=["ttft_s"])
+    assert chance_to_hold([drawn(1.0, 1.0, 2.0)], tight) == 0.0
+    assert chance_to_hold([drawn(1.0, 1.0, 1.0)], tight) == 1.0
+    # Draws of 1.00, 1.00 and 1.09: the others are 4.5, 4.5 and 8.3 % off.
+    near = drawn(1.0, 1.0, 1.09)
+    assert chance_to_hold([near], tight) == pytest.approx(2 / 3)
+    # Two runs have to hold together, and may be as far off as they are apart.
+    assert chance_to_hold([near, near], tight) == pytest.approx(4 / 9)
+    loose = tight.model_copy(update={"noise_factor": 1.5})
+    assert chance_to_hold([near, near], loose) == pytest.approx(8 / 9)
+    assert chance_to_hold([drawn(1.0)], tight) is None and chance_to_hold([], tight) is None
