@@ -137,8 +137,8 @@ def _add_validate(parser: argparse.ArgumentParser) -> None:
         "decisions, requests. Writes the tables, plots, a JUnit file and the live runs."
     )
     parser.epilog = (
-        "Exit status: 0 within tolerance, 1 outside, 2 bad input, 130 stopped by Ctrl-C; that keeps what has "
-        "finished."
+        "Exit status: 0 within tolerance, 1 outside or no verdict, 2 bad input, 130 stopped by Ctrl-C; that "
+        "keeps what has finished."
     )
     _add_common(parser)
     parser.add_argument(

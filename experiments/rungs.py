@@ -29,8 +29,8 @@ Status = Literal["holds", "broken", "unknown"]
 DECIDING = ("decisions", "request")
 HOW: Mapping[Speed, str] = {
     "profile": "as it is",
-    "probed": "with the machine's slow moments",
-    "calibrated": "calibrated on the other live runs",
+    "probed": "probed",
+    "calibrated": "calibrated",
     "measured": "at pace",
 }
 _COUNTS = 0.05  # share of the predicted time from which an operator's errors count
@@ -63,8 +63,8 @@ class Ladder:
         chance_to_hold: how often a simulation that is right would be within what is allowed; None if that
             isn't known.
         leftover: what is left of the errors of batch times at pace.
-        calibrated: simulations of each live run, calibrated on the others; empty for a single run.
-        at_pace: simulations at the pace of each live run.
+        calibrated: simulations [runs, draws], each run calibrated on the others; empty for a single run.
+        at_pace: simulations [runs, draws] at the pace of each live run.
         tolerance: what the rungs were judged by.
     """
 
@@ -80,9 +80,14 @@ class Ladder:
     batch_errors: Sequence[float]
     chance_to_hold: float | None
     leftover: Leftover | None
-    calibrated: Sequence[RunRecords]
-    at_pace: Sequence[RunRecords]
+    calibrated: Sequence[Sequence[RunRecords]]
+    at_pace: Sequence[Sequence[RunRecords]]
     tolerance: ValidateConfig
+
+    @property
+    def is_inside(self) -> bool:
+        """All that decides is within what is allowed, whether or not live runs differ by too much to say."""
+        return not any(each.is_outside for each in self.comparisons)
 
     @property
     def passes(self) -> bool:
@@ -133,8 +138,8 @@ def climb(experiment: Experiment, simulated: dict[str, Any], runs: Sequence[Live
         batch_errors=forecasts.batch_errors,
         chance_to_hold=chance_to_hold(simulations.at_pace, tolerance.request),
         leftover=leftover(times, np.concatenate(forecasts.at_pace_s)),
-        calibrated=[records for draws in forecasts.calibrated for records in draws],
-        at_pace=[records for draws in forecasts.at_pace for records in draws],
+        calibrated=forecasts.calibrated,
+        at_pace=forecasts.at_pace,
         tolerance=tolerance,
     )
 

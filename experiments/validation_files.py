@@ -77,9 +77,11 @@ def write_case(folder: Path, outcome: Outcome, *, plots: bool) -> None:
     _write_json(folder / "summary.json", verdict_data(outcome))
     _write_junit(folder / "junit.xml", [outcome])
     if not outcome.replayed:
-        kept = [*outcome.runs, *([outcome.cut_short] if outcome.cut_short is not None else [])]
-        for number, run in enumerate(kept, start=1):
-            live = folder / f"live-{number}"
+        kept = {f"live-{number}": run for number, run in enumerate(outcome.runs, start=1)}
+        if outcome.cut_short is not None:
+            kept["interrupted"] = outcome.cut_short  # by this name --replay doesn't take it for a whole one
+        for name, run in kept.items():
+            live = folder / name
             live.mkdir()
             write_live(live, run, experiment, summarize_live(run.records, experiment))
     if outcome.simulated is not None:
@@ -217,21 +219,23 @@ def _tests(outcome: Outcome) -> list[tuple[str, str, str]]:
 
 
 def _write_plots(folder: Path, outcome: Outcome) -> None:
-    """A CDF of each latency: the live runs, the simulation as it is, and those calibrated together, or of a
-    single live run those at pace."""
+    """A CDF of each latency: the live runs, the simulations of each calibrated on the others, or of a single
+    one those at pace, and the simulation as it is."""
     from experiments.plots import draw_cdf
 
     folder.mkdir()
     sides = [(f"live run {number}", [run.records]) for number, run in enumerate(outcome.runs, start=1)]
     ladder = outcome.ladder
-    if ladder is not None and ladder.calibrated:
-        sides.append(("simulated, calibrated", list(ladder.calibrated)))
-    elif ladder is not None:
-        sides.append(("simulated at pace", list(ladder.at_pace)))
+    if ladder is not None:
+        word, forecasts = (
+            ("calibrated", ladder.calibrated) if ladder.calibrated else ("at pace", ladder.at_pace)
+        )
+        for number, draws in enumerate(forecasts, start=1):
+            sides.append((f"run {number} simulated, {word}", list(draws)))
     if outcome.simulated is not None:
-        sides.append(("simulated", [outcome.simulated]))
+        sides.append(("simulated as it is", [outcome.simulated]))
     for name, (title, what) in _WHAT.items():
         found = [_cdf(label, name, records) for label, records in sides]
         curves = [curve for curve in found if curve is not None]
         if curves:
-            (folder / f"{name}_cdf.png").write_bytes(draw_cdf(title, curves, what))
+            (folder / f"{name}_cdf.png").write_bytes(draw_cdf(f"{title}: {outcome.name}", curves, what))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from experiments.batch_times import ErrorSummary
@@ -10,7 +10,7 @@ from experiments.blame import blame
 from experiments.ladder import Comparison
 from experiments.live import describe_runtime
 from experiments.pace import FEWEST
-from experiments.rungs import HOW, Ladder, signed
+from experiments.rungs import DECIDING, HOW, Ladder, signed
 from experiments.tables import print_table
 from experiments.text import percent, seconds
 from experiments.validation_files import Outcome, pace_data
@@ -75,6 +75,8 @@ def print_outcome(outcome: Outcome) -> None:
     if ladder is not None and ladder.batch_errors:
         off = ", ".join(map(signed, ladder.batch_errors))
         print(f"calibrated on the others, batch times of each live run are off by {off} in the sum")
+    for line in _left_out(outcome):
+        print(line)
     if ladder is not None and ladder.chance_to_hold is not None:
         print(
             f"a simulation that is right is within these bounds {percent(ladder.chance_to_hold)} of the time"
@@ -85,21 +87,38 @@ def print_outcome(outcome: Outcome) -> None:
 def print_outcomes(outcomes: Sequence[Outcome], asked: int, folder: Path) -> None:
     """All cases in one table, if there are several, and where the files are."""
     if asked > 1:
-        header = ("case", "TTFT p50", "TTFT p90", "TPOT p50", "TPOT p90", "batches, bias", "")
-        print_table(header, [_line(outcome) for outcome in outcomes], right=header[1:-1])
+        header = ("case", "judged", "TTFT p50", "TTFT p90", "TPOT p50", "TPOT p90", "batches, bias", "")
+        print_table(header, [_line(outcome) for outcome in outcomes], right=header[2:-1])
         passed = sum(outcome.passes for outcome in outcomes)
-        print(f"\n{passed} of {asked} cases within tolerance{_expected(outcomes)}")
+        print(f"\n{passed} of {asked} cases within tolerance{_against_chance(outcomes)}")
     print(f"Written to {folder}")
 
 
-def _expected(outcomes: Sequence[Outcome]) -> str:
-    """How many would be inside if the simulation were right."""
-    ladders = [outcome.ladder for outcome in outcomes]
-    chances = [ladder.chance_to_hold for ladder in ladders if ladder is not None]
-    if None in chances or len(chances) < len(outcomes):
+def _against_chance(outcomes: Sequence[Outcome]) -> str:
+    """How many are inside what is allowed, noisy ones included, and would be if the simulation were right."""
+    ladders = [outcome.ladder for outcome in outcomes if outcome.ladder is not None]
+    chances = [ladder.chance_to_hold for ladder in ladders if ladder.chance_to_hold is not None]
+    if len(chances) < len(outcomes):
         return ""
-    expected = sum(chance for chance in chances if chance is not None)
-    return f"; a simulation that is right has {expected:.1f} inside in the mean"
+    inside = sum(ladder.is_inside for ladder in ladders)
+    return (
+        f"; {inside} inside what is allowed, those without a verdict included, where a simulation that is "
+        f"right has {sum(chances):.1f} in the mean"
+    )
+
+
+def _left_out(outcome: Outcome) -> Iterator[str]:
+    """Why an error is missing."""
+    ladder = outcome.ladder
+    if ladder is None:
+        return
+    shares = ladder.slow_shares
+    unprobed = [number for number, share in enumerate(shares, start=1) if share is None]
+    if unprobed and len(unprobed) < len(shares):
+        runs = ", ".join(map(str, unprobed))
+        yield f"live run {runs} has no probes: slow moments are left out of all"
+    if len(outcome.runs) == 1:
+        yield "a single live run: there is no other to calibrate on"
 
 
 def verdict(outcome: Outcome) -> str:
@@ -108,6 +127,8 @@ def verdict(outcome: Outcome) -> str:
         return f"no verdict: {outcome.failure}"
     ladder = outcome.ladder
     if ladder is None:
+        if outcome.runs and outcome.replayed:
+            return "no verdict: interrupted"
         if outcome.runs:
             return "no verdict: interrupted; --replay of this folder judges the live runs that finished"
         return "no verdict: interrupted before a live run was finished"
@@ -116,14 +137,19 @@ def verdict(outcome: Outcome) -> str:
 
 
 def _of_ladder(ladder: Ladder) -> str:
-    broken = ", ".join(rung.name for rung in ladder.rungs if rung.status == "broken")
     blamed = blame(ladder)
     if blamed is not None:
+        broken = ", ".join(r.name for r in ladder.rungs if r.status == "broken" and r.name in DECIDING)
         return f"outside tolerance ({broken}); the rung to look at is {blamed.rung}: {blamed.why}"
     request = ladder.rungs[-1]
     if request.status == "unknown":
         return f"no verdict: {request.text}"
-    return f"within tolerance; below, {broken} is outside its own" if broken else "within tolerance"
+    below = ", ".join(r.name for r in ladder.rungs if r.status == "broken" and r.name not in DECIDING)
+    return (
+        f"within tolerance; {below}, which doesn't decide, is outside its own bounds"
+        if below
+        else "within tolerance"
+    )
 
 
 def _pace(stage: int, pace: Pace, stages: int) -> str:
@@ -168,7 +194,7 @@ def _batches(name: str, errors: ErrorSummary) -> tuple[str, ...]:
 def _line(outcome: Outcome) -> tuple[str, ...]:
     ladder = outcome.ladder
     if ladder is None:
-        return outcome.name, *[""] * 5, verdict(outcome)
+        return outcome.name, *[""] * 6, verdict(outcome)
     errors = {(each.metric, each.statistic): each for each in ladder.comparisons}
     cells = []
     for metric in ("ttft_s", "tpot_s"):
@@ -182,4 +208,5 @@ def _line(outcome: Outcome) -> tuple[str, ...]:
         word = f"outside: {blamed.rung}"
     else:
         word = "holds" if outcome.passes else "interrupted" if outcome.interrupted else "no verdict"
-    return outcome.name, *cells, "" if total is None else signed(total.bias), word
+    judged = HOW[ladder.comparisons[0].speed] if ladder.comparisons else ""
+    return outcome.name, judged, *cells, "" if total is None else signed(total.bias), word

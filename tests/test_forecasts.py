@@ -18,6 +18,8 @@ from experiments.live_records import LiveRun
 from experiments.run import summarize_run
 from experiments.rungs import climb
 from experiments.slow_moments import Probes
+from experiments.validation_files import Outcome
+from experiments.validation_text import print_outcome
 from policies.batch import Batch
 from sim.cluster import simulate
 from tests.test_replayed_runs import experiment, noted
@@ -95,7 +97,7 @@ def test_a_run_is_forecast_by_another_one_and_its_own_slow_moments(tmp_path: Pat
     simulated = summarize_run(simulate(made.workload, made.setup), made)
     judged = climb(made, simulated, runs)
     assert judged.passes and {each.speed for each in judged.comparisons} == {"calibrated"}
-    assert judged.rungs[-1].text.startswith("calibrated on the other live runs; nearest to its limit")
+    assert judged.rungs[-1].text.startswith("calibrated; nearest to its limit")
 
 
 def test_a_run_that_was_slower_than_the_others_is_forecast_too_fast(tmp_path: Path) -> None:
@@ -187,7 +189,9 @@ def test_without_probes_a_run_is_as_fast_as_the_others_were_in_all(tmp_path: Pat
     np.testing.assert_allclose(found.calibrated[0][0].ttft_s, runs[0].records.ttft_s, rtol=1e-6)
 
 
-def test_one_run_without_probes_leaves_slow_moments_in_all(tmp_path: Path) -> None:
+def test_one_run_without_probes_leaves_slow_moments_in_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Slow moments that can't be put back into a run aren't taken out of what it is forecast by."""
     made = one_at_a_time(tmp_path)
     runs = [served(made, 1.0, odd), served(made, 1.0, odd, probes=False)]
@@ -195,6 +199,9 @@ def test_one_run_without_probes_leaves_slow_moments_in_all(tmp_path: Path) -> No
     assert found.probed == [] and found.batch_errors == pytest.approx([0.0, 0.0], abs=1e-9)
     total_s = [float(records.e2e_s.sum()) for records in (runs[1].records, found.calibrated[1][0])]
     assert total_s[1] == pytest.approx(total_s[0], rel=0.3)
+    judged = climb(made, summarize_run(simulate(made.workload, made.setup), made), runs)
+    print_outcome(Outcome("half", made, runs, None, None, judged, None, False, True))
+    assert "live run 2 has no probes: slow moments are left out of all" in capsys.readouterr().out
 
 
 def test_every_run_has_draws_of_its_own(tmp_path: Path) -> None:

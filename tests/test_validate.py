@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -202,9 +203,7 @@ def test_outside_tolerance_is_exit_1_and_names_the_lowest_rung(
     tight = {"iteration": {"p50": 1e-9, "p90": 1e-9}, "request": TIGHT}
     path = write(tmp_path, {"validate": tight})
     assert run(path, "--replay", str(validated)) == 1
-    assert "tiny: outside tolerance (iteration, request); the rung to look at is iteration:" in (
-        capsys.readouterr().out
-    )
+    assert "tiny: outside tolerance (request); the rung to look at is iteration:" in (capsys.readouterr().out)
     suite = ElementTree.parse(tmp_path / "out" / "junit.xml").getroot()[0]
     found = {test.get("name"): [child.tag for child in test] for test in suite}
     assert found["request"] == ["failure"] and found["iteration"] == ["skipped"]
@@ -244,6 +243,26 @@ def test_ctrl_c_keeps_the_live_run_that_finished(
     assert suite.get("errors") == "1"
 
 
+def test_a_run_that_was_cut_short_is_not_in_the_way_of_a_replay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served: list[LiveRun] = []
+
+    def serve(made: Experiment, progress: Any) -> LiveRun:
+        served.append(serve_live(made, progress))
+        records = replace(served[-1].records, interrupted=len(served) > 1)
+        return replace(served[-1], records=records)
+
+    monkeypatch.setattr("experiments.validate.serve_live", serve)
+    path = write(tmp_path, {"validate": {"request": LOOSE}})
+    assert run(path, "--no-plots") == 130
+    assert (tmp_path / "out" / "interrupted" / "requests.csv").is_file()
+    replayed = ["--replay", str(tmp_path / "out"), "--no-plots", "--out", str(tmp_path / "again")]
+    assert main(["validate", str(path), *replayed]) == 0
+    assert json.loads((tmp_path / "again" / "summary.json").read_text())["live_runs"] == 1
+    assert "a single live run: there is no other to calibrate on" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("where", ["summarize_run", "simulate_paced", "replay"])
 def test_ctrl_c_while_judging_is_no_verdict(
     validated: Path,
@@ -277,7 +296,8 @@ def test_ctrl_c_while_judging_is_no_verdict(
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     assert run(write(tmp_path), "--replay", str(validated), "--no-plots") == 130
-    assert "no verdict: interrupted; --replay of this folder judges" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "no verdict: interrupted" in said and "--replay of this folder" not in said  # it was a replay
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["interrupted"]
 
 
@@ -379,7 +399,8 @@ def test_cases_are_validated_one_by_one_and_the_worst_decides(
     axes = [{"passes": {"validate.request": LOOSE}, "fails": {"validate.request": TIGHT}}]
     path = write(tmp_path, {"validate": {"runs": 1, "cases": axes}})
     assert run(path, "--no-plots") == 1
-    assert "1 of 2 cases within tolerance" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 of 2 cases within tolerance; 1 inside what is allowed, those without a verdict included" in said
     suites = ElementTree.parse(tmp_path / "out" / "junit.xml").getroot()
     assert [(suite.get("name"), suite.get("failures")) for suite in suites] == [
         ("passes", "0"),
