@@ -127,9 +127,11 @@ def _works() -> dict[str, Callable[[], object]]:
     import torch
     from torch.nn.functional import linear
 
+    from runtime.core_probe import CoreProbe
+
     torch.set_num_threads(1)
     weights = [torch.randn(704, 256) for _ in range(_WEIGHTS)]
-    row, rows, small = torch.randn(1, 256), torch.randn(256, 256), torch.ones(4, 256)
+    row, rows = torch.randn(1, 256), torch.randn(256, 256)
 
     def decode() -> None:
         for weight in weights:
@@ -139,11 +141,8 @@ def _works() -> dict[str, Callable[[], object]]:
         for _ in range(10):
             linear(rows, weights[0])
 
-    def probe() -> None:
-        for _ in range(100):
-            small * small
-
-    return {"reads weights, as a decode": decode, "computes, as a chunk": chunk, "a probe": probe}
+    probe = CoreProbe(operations=100)
+    return {"reads weights, as a decode": decode, "computes, as a chunk": chunk, "a probe": probe.duration_s}
 
 
 def _work_beside(core: int, doing: Any, is_ready: Event, parent: int) -> None:
