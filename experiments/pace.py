@@ -18,7 +18,12 @@ from experiments.batch_times import BatchTimes
 from sim.paced import BOUNDS, Factors, Pace
 
 FEWEST = 10  # batches of one bound that have factors of their own
-_WORDS = ("batches of {} decodes", "chunks with {} decodes", "chunks bound by attention with {} decodes")
+_WORDS = (
+    "batches of {} decodes",
+    "chunks with {} decodes",
+    "chunks bound by attention with {} decodes",
+    "lone decodes, {} in all groups",
+)
 _SHIFTS = 40  # of factors against batches, to see what is left by chance
 
 FloatArray = NDArray[np.float64]

@@ -17,7 +17,7 @@ from experiments.validation_files import Outcome, pace_data
 from sim.paced import BOUNDS, Pace
 
 _DISTURBED = 0.01  # share of a live run without a core from which it is worth saying
-_KINDS = ("decodes", "with chunks", "bound by attention")  # as in BOUNDS
+_KINDS = ("decodes", "with chunks", "bound by attention", "lone decodes")  # as in BOUNDS
 _ERRORS = ("as it is", "probed", "calibrated", "at pace")
 _HEADER = ("latency", "", "simulated", "live", *_ERRORS, "live noise", "allowed", "")
 _NUMBERS = (
@@ -64,14 +64,9 @@ def print_outcome(outcome: Outcome) -> None:
         if run.waited_share > _DISTURBED:
             share = percent(run.waited_share)
             print(f"live run {number}: other work had the engine's core for {share} of the time")
-    for number, slow in enumerate(ladder.slow_shares if ladder is not None else (), start=1):
-        if slow is not None and slow > _DISTURBED:
-            print(f"live run {number}: somebody else was on a core at {percent(slow)} of the probes")
-    if ladder is not None and max(ladder.slowdowns) > 1.0:
-        slower = ", ".join(
-            f"{name} {factor:.2f}" for name, factor in zip(_KINDS, ladder.slowdowns, strict=True)
-        )
-        print(f"then batches took so many times as long as on cores of their own: {slower}")
+    if ladder is not None:
+        for line in _slow_moments(ladder.slow_shares, ladder.slowdowns):
+            print(line)
     if ladder is not None and ladder.batch_errors:
         off = ", ".join(map(signed, ladder.batch_errors))
         print(f"calibrated on the others, batch times of each live run are off by {off} in the sum")
@@ -105,6 +100,23 @@ def _against_chance(outcomes: Sequence[Outcome]) -> str:
         f"; {inside} inside what is allowed, those without a verdict included, where a simulation that is "
         f"right has {sum(chances):.1f} in the mean"
     )
+
+
+def _slow_moments(shares: Sequence[float | None], slowdowns: Sequence[float]) -> Iterator[str]:
+    """When others were on the cores of each live run, and what that did to batches, if anything is known."""
+    were_slow = False
+    for number, slow in enumerate(shares, start=1):
+        if slow is not None and slow > _DISTURBED:
+            were_slow = True
+            yield f"live run {number}: somebody else was on a core at {percent(slow)} of the probes"
+    if max(slowdowns) > 1.0:
+        slower = ", ".join(f"{name} {factor:.2f}" for name, factor in zip(_KINDS, slowdowns, strict=True))
+        yield f"then batches took so many times as long as on cores of their own: {slower}"
+    elif were_slow:
+        yield (
+            "what that did to batches isn't known, for want of like ones in quick and in slow moments, and "
+            "counts as nothing"
+        )
 
 
 def _left_out(outcome: Outcome) -> Iterator[str]:

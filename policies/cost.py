@@ -14,7 +14,8 @@ class CostModel(Protocol):
     """Predicted time of one iteration of a replica, summed over its stages, in three addends.
 
     An iteration costs ``tokens_s`` plus ``chunk_attention_s`` of every chunk plus ``decode_attention_s``.
-    All three never fall as their arguments grow.
+    They grow with their arguments; ``tokens_s`` may fall by a little where more tokens fill a kernel's blocks
+    better.
     """
 
     def tokens_s(self, tokens: int, rows: int, requests: int) -> float:
@@ -62,8 +63,8 @@ def largest_chunk(
     """The largest chunk with which a batch stays within ``budget_s``: a multiple of 32 tokens, or all of
     ``available``; 0 when not even the smallest does.
 
-    ``tokens``, ``rows``, ``requests`` and ``attention_s`` describe what the batch holds already. The cost
-    model is monotone, so the search is a bisection.
+    ``tokens``, ``rows``, ``requests`` and ``attention_s`` describe what the batch holds already. The search
+    is a bisection: what it finds fits, and where the cost model falls somewhere, a larger one may fit, too.
     """
 
     def fits(chunk: int) -> bool:

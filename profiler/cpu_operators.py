@@ -27,6 +27,7 @@ CORE_CACHE_BYTES = 1 << 20  # of one core's own cache: 1 MiB (Zen 4) to 2 MiB (S
 # Keys that torch's flash kernel for CPUs takes at once, and rows, by how many there are
 # (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp).
 KEY_BLOCK = 512
+ROW_BLOCK = 4  # rows of a matrix product that are taken at once
 VECTOR = 16  # fp32 numbers of an AVX-512 register; keys left over are taken one by one
 WIDTH_WEIGHT = 4.0  # rows of different widths have less in common than more or fewer of the same
 _ROW_BLOCKS = ((768, 256), (192, 64), (0, 32))
@@ -42,10 +43,13 @@ class CpuGemm(Additive, OnDevice):
     """y[m, n] = x[m, k] · W[k, n].
 
     Loading (and packing) the weights, every output's column, the products, and the rows in and out. A single
-    token takes another kernel, which only reads the weights.
+    token takes another kernel, which only reads the weights. Rows are taken by four; those left over go over
+    the weights once more, loading them again if they fill the core's cache, and an odd one by itself: three
+    tokens may take longer than four.
     """
 
     operator = "gemm"
+    may_fall = True
     columns: tuple[str, ...] = ("m", "n", "k")
     growth_axis = 0
     family_axes: tuple[int, ...] = (1, 2)
@@ -62,6 +66,9 @@ class CpuGemm(Additive, OnDevice):
             "column_s": Parameter.rate(0.0),
             "input_s": Parameter.rate(0.0),
             "output_s": Parameter.rate(0.0),
+            "left_over_s": Parameter.rate(0.0),
+            "left_over_load_s": Parameter.rate(0.0),
+            "odd_s": Parameter.rate(0.0),
         }
 
     def flop_and_bytes(self, shape: Shape) -> tuple[FloatArray, FloatArray]:
@@ -71,6 +78,8 @@ class CpuGemm(Additive, OnDevice):
     def terms(self, shape: Shape) -> dict[str, FloatArray]:
         m, n, k = shape["m"], shape["n"], shape["k"]
         several = m > 1
+        left_over = several & (m % ROW_BLOCK > 0)
+        fills_cache = self.element_bytes * n * k >= CORE_CACHE_BYTES
         return {
             "launch_s": np.ones_like(m),
             "product_s": m * n * k,
@@ -79,6 +88,9 @@ class CpuGemm(Additive, OnDevice):
             "column_s": n * several,
             "input_s": m * k,
             "output_s": m * n,
+            "left_over_s": n * k * left_over,
+            "left_over_load_s": n * k * (left_over & fills_cache),
+            "odd_s": n * k * (several & (m % 2 > 0)),
         }
 
     def features(self, shape: Shape) -> FloatArray:

@@ -95,7 +95,8 @@ class IterationModel:
         self.host = host or kernels.host or HostOverhead()
         self.host_is_unknown = host is None and kernels.host is None
         self.serving = kernels.serving or ServingOverhead()
-        self.idle_s = self.serving.idle_s
+        self.idle_s = self.serving.after_a_pause_s(parallel)
+        self._slower = 1.0 + self.serving.share_of(parallel)  # than operators timed by themselves
         self.stage_gap = (kernels.stage_gap if host is None else None) or HostOverhead()
         self._limits = {
             "max_batch_tokens": max_batch_tokens,
@@ -151,16 +152,16 @@ class IterationModel:
 
     def joint_attention_s(self, chunk_tokens: int, decodes: int, total_context: int, spread: float) -> float:
         """Seconds of attention of all layers beyond the sum of chunks and decodes; see ``JointAttention``."""
-        return self._joint.at(chunk_tokens, decodes, total_context, spread)
+        return self._joint.at(chunk_tokens, decodes, total_context, spread) * self._slower
 
     def shard_attention_s(self, chunk_tokens: int, shard_tokens: int) -> float:
         """Seconds of attention of a chunk over a shard with none of its own keys, over all layers."""
         share = 0.0 if self.kernels.layer is None else self.kernels.layer.share
-        return self._shards.attention_s(chunk_tokens, shard_tokens) * (1.0 + share)
+        return self._shards.attention_s(chunk_tokens, shard_tokens) * (1.0 + share) * self._slower
 
     def merge_s(self, tokens: int, shards: int) -> float:
         """Seconds to merge the partial attention of ``tokens`` tokens over ``shards`` groups, all layers."""
-        return self._shards.merge_s(tokens, shards)
+        return self._shards.merge_s(tokens, shards) * self._slower
 
     def perturbed(self, factors: Mapping[str, float]) -> IterationModel:
         """The same with every operator's times multiplied by its factor; see ``Kernels.perturbed``."""
@@ -234,8 +235,9 @@ class IterationModel:
         return decodes_s + self.host.prefill_s + (tokens - requests) * self.host.per_prefill_token_s
 
     def serving_s(self, tokens: int, requests: int) -> float:
-        """Seconds that an iteration takes in a running engine beyond the host's work and its operators."""
-        return self.serving.at(requests, has_chunk=tokens > requests, tp=self.parallel.tp)
+        """Seconds that an iteration takes in a running engine beyond the host's work and its operators, their
+        share not counted: that is in their times."""
+        return self.serving.at(requests, self.parallel, has_chunk=tokens > requests)
 
     def chunk_is_extrapolated(self, chunk_tokens: int, context_tokens: int) -> bool:
         """Whether a chunk's attention lies outside what was measured."""
@@ -273,7 +275,8 @@ class IterationModel:
         attention = list(self._attention_operators(chunks, decodes, decode_context))
         result.extend(make_row(name, estimate, layers) for name, estimate in attention)
         if chunks and decodes and self.joint_is_known:
-            joint_s = self.joint_attention_s(sum(chunk for chunk, _ in chunks), decodes, decode_context, 0.0)
+            chunk_tokens = sum(chunk for chunk, _ in chunks)
+            joint_s = self._joint.at(chunk_tokens, decodes, decode_context, 0.0)
             result.append(OperatorRow("mixed attention", joint_s, 0.0, attention[0][1].source, False))
         # What goes between ranks lies not between operators of one.
         within = [row.time_s for row in result if not row.name.startswith(("kvp", "ring transfer"))]
@@ -284,6 +287,8 @@ class IterationModel:
         first = first_operators(self.model, self.kernels, np.array([float(tokens)]))
         result.extend(make_row(name, estimate, 1) for name, estimate in first)
         result.extend(make_row(name, e, 1) for name, e in self._row_operators(np.array([float(rows)])))
+        # What of a transfer isn't hidden doesn't grow with the kernels' times.
+        operators_s = sum(row.time_s for row in result if not row.name.startswith("ring transfer"))
         for between_nodes, handovers in self._handovers():
             name = "stage hand-over between nodes" if between_nodes else "stage hand-over"
             result.append(make_row(name, self._handover(np.array([float(tokens)]), between_nodes), handovers))
@@ -295,7 +300,8 @@ class IterationModel:
                 OperatorRow("host, hand-overs", self.handovers_host_s, 0.0, self.host.source, False)
             )
         if self.kernels.serving is not None:
-            serving_s = self.serving.at(requests, has_chunk=bool(chunks), tp=self.parallel.tp)
+            serving_s = self.serving.at(requests, self.parallel, has_chunk=bool(chunks))
+            serving_s += operators_s * self.serving.share_of(self.parallel)
             result.append(OperatorRow("serving overhead", serving_s, 0.0, "measured", False))
         return result
 
@@ -330,7 +336,8 @@ class IterationModel:
     def _within_layers_s(self, estimate: Estimate) -> FloatArray:
         """Attention's seconds in all layers: a little more than by itself, where that was measured."""
         share = 0.0 if self.kernels.layer is None else self.kernels.layer.share
-        return np.maximum(estimate.time_s * (1.0 + share), estimate.floor_s) * self.model.num_layers
+        layer_s = np.maximum(estimate.time_s * (1.0 + share), estimate.floor_s)
+        return np.asarray(layer_s * self.model.num_layers * self._slower)
 
     def _attention_operators(
         self, chunks: Sequence[tuple[int, int]], decodes: int, decode_context: int
@@ -407,7 +414,7 @@ class IterationModel:
 
     def _decodes_overhead_s(self, requests: int) -> float:
         host_s = self.host.decodes_s(requests, self._ranks) + self.handovers_host_s
-        return host_s + self.serving.at(requests, has_chunk=False, tp=self.parallel.tp)
+        return host_s + self.serving.at(requests, self.parallel, has_chunk=False)
 
     # -- grids ------------------------------------------------------------------------------------------
 
@@ -417,7 +424,7 @@ class IterationModel:
         first_s = np.sum([e.time_s for _, e in first_operators(self.model, self.kernels, knots)], axis=0)
         if not self.kernels.steps_may_fall:
             layer_s = np.maximum.accumulate(layer_s)
-        layers_s = layer_s * self.model.num_layers + np.maximum.accumulate(first_s)
+        layers_s = (layer_s * self.model.num_layers + np.maximum.accumulate(first_s)) * self._slower
         handover_s = [np.maximum.accumulate(self._handover(knots, kind).time_s) for kind in (False, True)]
         self._handover_lines = [Polyline(knots, each) for each in handover_s]
         handovers_s = np.zeros_like(knots)
@@ -433,6 +440,7 @@ class IterationModel:
         operators = [*self._token_operators(knots), *self._collectives(knots)]
         outside_s = time_outside_s([estimate for _, estimate in operators]) * self.model.num_layers
         outside_s += time_outside_s([each for _, each in first_operators(self.model, self.kernels, knots)])
+        outside_s *= self._slower
         for kind, count in self._handovers():
             outside_s += time_outside_s([self._handover(knots, kind)]) * count
         self._tokens_outside_line = Polyline(knots, outside_s)
@@ -453,13 +461,16 @@ class IterationModel:
 
     def _compile_rows(self, max_rows: int) -> None:
         knots = token_knots(max(max_rows, 2))
-        rows_s = np.maximum.accumulate(np.sum([e.time_s for _, e in self._row_operators(knots)], axis=0))
+        rows_s = np.sum([e.time_s for _, e in self._row_operators(knots)], axis=0)
+        if not self.kernels.steps_may_fall:
+            rows_s = np.maximum.accumulate(rows_s)
+        rows_s = rows_s * self._slower
         self._rows_line = Polyline(knots, rows_s)
         dense = np.arange(max(max_rows, 2) + 1, dtype=np.float64)
         table: list[float] = np.interp(dense, knots, rows_s).tolist()
         table[0] = 0.0  # no row, no LM head
         self._rows_table = table
-        outside_s = time_outside_s([estimate for _, estimate in self._row_operators(knots)])
+        outside_s = time_outside_s([estimate for _, estimate in self._row_operators(knots)]) * self._slower
         self._rows_outside: list[float] = np.interp(dense, knots, outside_s).tolist()
         self._rows_outside[0] = 0.0
 

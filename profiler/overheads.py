@@ -10,8 +10,18 @@ import numpy as np
 
 from profiler.estimate import FloatArray
 from profiler.operators import nonnegative_rates, rates_of_unity
+from specs import ParallelSpec
 
-SERVING_RATES = ("base_s", "per_request_s", "prefill_s", "tp_s", "idle_s")
+SERVING_RATES = (
+    "base_s",
+    "per_request_s",
+    "prefill_s",
+    "tp_s",
+    "idle_s",
+    "idle_ranks_s",
+    "share",
+    "ranks_share",
+)
 HOST_RATES = ("base_s", "per_request_s", "root_s", "prefill_s", "per_prefill_token_s", "ranks_s")
 
 
@@ -79,6 +89,9 @@ class ServingOverhead:
         prefill_s: of an iteration that takes in a prompt or a part of one.
         tp_s: of one whose layers are split over ranks that have to wait for each other.
         idle_s: of one before which the engine had nothing to do.
+        idle_ranks_s: the same beyond that, where several ranks had to be woken.
+        share: of what the operators take.
+        ranks_share: the same beyond that, where several ranks use caches and memory beside each other.
     """
 
     base_s: float = 0.0
@@ -86,28 +99,47 @@ class ServingOverhead:
     prefill_s: float = 0.0
     tp_s: float = 0.0
     idle_s: float = 0.0
+    idle_ranks_s: float = 0.0
+    share: float = 0.0
+    ranks_share: float = 0.0
 
-    def at(self, requests: int, *, has_chunk: bool, tp: int) -> float:
-        """Seconds of an iteration that follows another one."""
-        fixed_s = self.base_s + self.prefill_s * has_chunk + self.tp_s * (tp > 1)
+    def at(self, requests: int, parallel: ParallelSpec, *, has_chunk: bool) -> float:
+        """Seconds of an iteration that follows another one, beyond the share of its operators."""
+        fixed_s = self.base_s + self.prefill_s * has_chunk + self.tp_s * (parallel.tp > 1)
         return fixed_s + requests * self.per_request_s
 
+    def after_a_pause_s(self, parallel: ParallelSpec) -> float:
+        """Seconds more of an iteration before which the engine had nothing to do."""
+        return self.idle_s + self.idle_ranks_s * (parallel.gpus_per_replica > 1)
 
-def fit_serving(shape: Mapping[str, FloatArray], parts_s: FloatArray, time_s: FloatArray) -> ServingOverhead:
-    """What brings operators and host, `parts_s`, nearest to whole iterations, `time_s`, in relative terms."""
-    rates = nonnegative_rates(_serving_terms(shape) / time_s[:, None], 1.0 - parts_s / time_s)
+    def share_of(self, parallel: ParallelSpec) -> float:
+        """How much longer operators take than timed by themselves."""
+        return self.share + self.ranks_share * (parallel.gpus_per_replica > 1)
+
+
+def fit_serving(
+    shape: Mapping[str, FloatArray], operators_s: FloatArray, host_s: FloatArray, time_s: FloatArray
+) -> ServingOverhead:
+    """What brings operators and host nearest to whole iterations, `time_s`, in relative terms."""
+    design = _serving_terms(shape, operators_s) / time_s[:, None]
+    rates = nonnegative_rates(design, 1.0 - (operators_s + host_s) / time_s)
     return ServingOverhead(**dict(zip(SERVING_RATES, rates, strict=True)))
 
 
-def serving_s(serving: ServingOverhead, shape: Mapping[str, FloatArray]) -> FloatArray:
-    """Seconds of iterations, one an entry of the columns of `shape`."""
-    return np.asarray(_serving_terms(shape) @ np.array([getattr(serving, name) for name in SERVING_RATES]))
+def serving_s(
+    serving: ServingOverhead, shape: Mapping[str, FloatArray], operators_s: FloatArray
+) -> FloatArray:
+    """Seconds of iterations beyond operators and host, one an entry of the columns of `shape`."""
+    rates = np.array([getattr(serving, name) for name in SERVING_RATES])
+    return np.asarray(_serving_terms(shape, operators_s) @ rates)
 
 
-def _serving_terms(shape: Mapping[str, FloatArray]) -> FloatArray:
-    requests = shape["requests"]
-    flags = (shape["chunk"] > 0, shape["ranks"] > 1, shape["idle"] > 0)
-    return np.stack([np.ones_like(requests), requests, *flags], axis=1)
+def _serving_terms(shape: Mapping[str, FloatArray], operators_s: FloatArray) -> FloatArray:
+    requests, is_idle = shape["requests"], shape["idle"] > 0
+    has_ranks = shape["tp"] * shape["spp"] * shape["kvp"] > 1
+    flags = (shape["chunk"] > 0, shape["tp"] > 1, is_idle, is_idle & has_ranks)
+    shares = (operators_s, operators_s * has_ranks)
+    return np.stack([np.ones_like(requests), requests, *flags, *shares], axis=1)
 
 
 def fit_host(shape: Mapping[str, FloatArray], time_s: FloatArray) -> HostOverhead:

@@ -59,6 +59,7 @@ class Physics(ABC):
     family_axes: tuple[int, ...]  # shapes alike (to an octave) in these were measured up to some growth
     parameters: dict[str, Parameter]
     size_block = 1  # sizes of which a kernel takes its growing size at once; what is left over costs extra
+    may_fall = False  # whether a larger size may take less time; else that counts as noise
 
     @abstractmethod
     def time_s(self, shape: Shape, p: Parameters, *, cold: bool = True) -> FloatArray:

@@ -157,7 +157,7 @@ def _serving(header: Fields, path: Path) -> ServingOverhead | None:
     if not header.has("serving"):
         return None
     fields = Fields(header.mapping("serving"), f"{path}: serving")
-    return ServingOverhead(**{name: fields.number(name) for name in SERVING_RATES})
+    return ServingOverhead(**{name: fields.number(name) for name in SERVING_RATES if fields.has(name)})
 
 
 def _layer(header: Fields, path: Path) -> LayerCorrection | None:
@@ -210,6 +210,11 @@ def _state(
     path: Path, key: str, entry: Fields, physics: Physics, arrays: Mapping[str, NDArray[Any]]
 ) -> LearnedState:
     values = Fields(entry.mapping("parameters"), f"{path}: {key}: parameters")
+    if missing := [name for name in physics.parameters if not values.has(name)]:
+        raise InputError(
+            f"{path}: {key} has no parameter {missing[0]}, so it is of an older version; run "
+            f"`convoy train {path.parent}`"
+        )
     parameters = {name: values.number(name) for name in physics.parameters}
     parts: dict[str, NDArray[Any]] = {}
     for name, dtype in _ARRAYS.items():

@@ -199,13 +199,14 @@ class RingModel(IterationModel):
 
     def _chunk_layers(self, chunk: FloatArray, context: FloatArray) -> tuple[FloatArray, BoolArray]:
         times = self.ring.attention(chunk, context)
-        between_s = (times.merges.time_s + times.waiting_s) * self.model.num_layers
-        return self._within_layers_s(times.attention) + between_s, times.attention.extrapolated
+        layer_s = times.merges.time_s * self._slower + times.waiting_s
+        attention_s = self._within_layers_s(times.attention) + layer_s * self.model.num_layers
+        return attention_s, times.attention.extrapolated
 
     def _decode_layers(self, decodes: FloatArray, total_context: FloatArray) -> tuple[FloatArray, BoolArray]:
         times_s, extrapolated = super()._decode_layers(decodes, self._context_of_rank(decodes, total_context))
         merge_s = sum(estimate.time_s for estimate in self._ring_merges.merge(decodes, self.ring.ranks))
-        return times_s + merge_s * self.model.num_layers, extrapolated
+        return times_s + merge_s * self.model.num_layers * self._slower, extrapolated
 
     def _context_of_rank(self, decodes: FloatArray, total_context: FloatArray) -> FloatArray:
         return np.maximum(total_context / self.ring.ranks, decodes)

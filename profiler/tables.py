@@ -25,8 +25,9 @@ Columns, besides `time_s` (seconds a call) and optionally `spread_s` (between re
     forward_pass        requests, new_tokens, context_tokens, decode, tp
                                 (all layers and what comes once: equal prefills, or decodes if `decode` is 1)
     host                requests, chunk_tokens, ranks          (host time of an iteration of so many requests)
-    iteration           requests, chunk_tokens, context_tokens, decode_context_tokens, idle, ranks
-                                (all of it, in the running engine; idle: it had nothing to do before)
+    iteration           requests, chunk_tokens, context_tokens, decode_context_tokens, idle, tp, spp, kvp
+                                (all of it, in the running engine, summed over stages; requests and tokens of
+                                one KVP group, each of which has as many; idle: it had nothing to do before)
     stage_gap          requests, chunk_tokens                 (of a later stage: the end of a batch to the
                                                                beginning of the next, which was waiting)
 """
@@ -132,7 +133,9 @@ COLUMNS: dict[str, dict[str, str]] = {  # operator -> file column -> name in for
         "context_tokens": "context",
         "decode_context_tokens": "decode_context",
         "idle": "idle",
-        "ranks": "ranks",
+        "tp": "tp",
+        "spp": "spp",
+        "kvp": "kvp",
     },
     "stage_gap": {"requests": "requests", "chunk_tokens": "chunk"},
 }
@@ -310,7 +313,8 @@ def read_table(profile: Profile, info: TableInfo) -> Table:
     for column in required:
         if column not in header:
             raise InputError(
-                f"{path}: no column {column!r}{did_you_mean(column, header)}; expected {','.join(required)}"
+                f"{path}: no column {column!r}{did_you_mean(column, header)}; expected {','.join(required)}; "
+                f"of an older version? `convoy profile --only {info.operator}` measures it anew"
             )
     for column in header:
         if column not in (*required, *_OPTIONAL):

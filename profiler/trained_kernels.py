@@ -2,7 +2,8 @@
 
 Along the one size that grows during serving (tokens of a GEMM, context of attention, bytes of an
 all-reduce) times are made non-decreasing: they are evaluated on a fixed ladder, each rung at least
-as high as those before, and interpolated. So a value doesn't depend on what else was asked for.
+as high as those before, and interpolated. So a value doesn't depend on what else was asked for. Where a
+formula says that they may fall, as those of a GEMM do on a CPU, they are taken as they are.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ class TrainedKernels(RooflineKernels):
         self.host, self.layer, self.serving = predictor.host, predictor.layer, predictor.serving
         self.stage_gap = predictor.stage_gap
         self.kinds = frozenset(self._models)
+        self.steps_may_fall = "gemm" in self._models and self._models["gemm"].physics.may_fall
         # Published benchmarks of attention store the new keys in the same call.
         self.attention_includes_kv_write = source == "imported" and {
             "prefill_attention",
@@ -89,7 +91,10 @@ class TrainedKernels(RooflineKernels):
         if (model := self._models.get("gemm")) is None:
             return super().gemm(m, n, k)
         m, n, k = broadcast(m, n, k)
-        return self._climb(model, {"n": n, "k": k}, "m", m, _TOKENS)
+        if not model.physics.may_fall:
+            return self._climb(model, {"n": n, "k": k}, "m", m, _TOKENS)
+        found = model.predict({"m": m.ravel(), "n": n.ravel(), "k": k.ravel()})
+        return self._estimate_of("gemm", m.shape, found.time_s, found.floor_s, found.extrapolated)
 
     def shard_attention(
         self, chunk: ArrayLike, context: ArrayLike, heads: ArrayLike, kv_heads: ArrayLike, head_dim: ArrayLike

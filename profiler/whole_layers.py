@@ -110,9 +110,11 @@ class IterationReport:
         found = self.serving
         return [
             f"iterations in the running engine ({self.parts.rows}): operators and host {self.parts}, "
-            f"corrected by {1e6 * found.base_s:.0f} µs, {1e6 * found.per_request_s:.1f} a request, "
-            f"{1e6 * found.prefill_s:.0f} with a chunk, {1e6 * found.tp_s:.0f} under tensor parallelism and "
-            f"{1e6 * found.idle_s:.0f} after a pause {self.corrected}"
+            f"corrected by {100 * found.share:.1f} % of the operators, {100 * found.ranks_share:.1f} more on "
+            f"several ranks, {1e6 * found.base_s:.0f} µs, {1e6 * found.per_request_s:.1f} a request, "
+            f"{1e6 * found.prefill_s:.0f} with a chunk, {1e6 * found.tp_s:.0f} if split by tensors, "
+            f"{1e6 * found.idle_s:.0f} after a pause and {1e6 * found.idle_ranks_s:.0f} more on several "
+            f"ranks {self.corrected}"
         ]
 
 
@@ -125,41 +127,49 @@ def judge_iterations(
     Raises:
         InputError: the profile doesn't say of which model they are.
     """
-    parts_s = iterations_s(profile, table, kernels, host)
+    operators_s, hosts_s = iterations_s(profile, table, kernels, host)
+    parts_s = operators_s + hosts_s
 
     def predict(train: BoolArray, held: BoolArray) -> FloatArray:
         rows = np.flatnonzero(train)
-        found = fit_serving(take(table, rows).shape, parts_s[rows], table.time_s[rows])
-        return np.asarray(parts_s[held] + serving_s(found, take(table, np.flatnonzero(held)).shape))
+        found = fit_serving(take(table, rows).shape, operators_s[rows], hosts_s[rows], table.time_s[rows])
+        shape = take(table, np.flatnonzero(held)).shape
+        return np.asarray(parts_s[held] + serving_s(found, shape, operators_s[held]))
 
     return IterationReport(
         Errors.of(parts_s, table.time_s),
         Errors.of(by_folds(count, len(table), predict), table.time_s),
-        fit_serving(table.shape, parts_s, table.time_s),
+        fit_serving(table.shape, operators_s, hosts_s, table.time_s),
     )
 
 
-def iterations_s(profile: Profile, table: Table, kernels: Kernels, host: HostOverhead) -> FloatArray:
-    """Seconds of each row of a table of iterations: its operators and the host."""
+def iterations_s(
+    profile: Profile, table: Table, kernels: Kernels, host: HostOverhead
+) -> tuple[FloatArray, FloatArray]:
+    """Seconds of each row of a table of iterations: of its operators, of all stages together, and of the
+    host."""
     model = entry_model(profile.model, str(profile.path))
     served = replace(model, num_layers=min(model.num_layers, MOST_LAYERS))
-    seconds = np.empty(len(table))
+    operators_s, hosts_s = np.empty(len(table)), np.empty(len(table))
     columns = [table.shape[name].astype(np.int64).tolist() for name in table.shape]
-    costs: dict[int, IterationModel] = {}
+    costs: dict[tuple[int, ...], IterationModel] = {}
     for row, values in enumerate(zip(*columns, strict=True)):
         shape = dict(zip(table.shape, values, strict=True))
-        ranks, chunk, decodes = shape["ranks"], shape["chunk"], shape["requests"] - (shape["chunk"] > 0)
-        if ranks not in costs:
-            costs[ranks] = IterationModel(served, kernels, ParallelSpec(tp=ranks), host=host)
-        cost = costs[ranks]
+        chunk, decodes = shape["chunk"], shape["requests"] - (shape["chunk"] > 0)
+        layout = shape["tp"], shape["spp"], shape["kvp"]
+        if layout not in costs:
+            parallel = ParallelSpec(tp=layout[0], spp=layout[1], kvp=layout[2])
+            costs[layout] = IterationModel(served, kernels, parallel, host=host)
+        cost = costs[layout]
         # Of a prompt's chunks only the last yields a token; one that is sent alone has no other.
         rows = 1 if shape["idle"] else decodes
-        seconds[row] = cost.tokens_s(decodes + chunk, rows, shape["requests"])
-        if chunk:
-            seconds[row] += cost.chunk_attention_s(chunk, shape["context"])
+        attention_s = cost.chunk_attention_s(chunk, shape["context"]) if chunk else 0.0
         if decodes:
-            seconds[row] += cost.decode_attention_s(decodes, shape["decode_context"])
-    return seconds
+            attention_s += cost.decode_attention_s(decodes, shape["decode_context"])
+        tokens, requests = decodes + chunk, shape["requests"]
+        hosts_s[row] = cost.host_s(tokens, requests)
+        operators_s[row] = sum(cost.stage_times_s(tokens, rows, requests, attention_s)) - hosts_s[row]
+    return operators_s, hosts_s
 
 
 def noise_of(table: Table) -> float | None:

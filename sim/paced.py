@@ -68,21 +68,22 @@ class Pace:
     decode: Factors = _AS_PREDICTED
     linear: Factors = _AS_PREDICTED
     attention: Factors = _AS_PREDICTED
+    lone: Factors = _AS_PREDICTED
 
     def of(self, bound: int) -> Factors:
         """Those of batches of which :func:`bound_of` says so."""
-        return (self.decode, self.linear, self.attention)[bound]
+        return (self.decode, self.linear, self.attention, self.lone)[bound]
 
 
-BOUNDS = ("decode", "linear", "attention")
+BOUNDS = ("decode", "linear", "attention", "lone")
 
 
 def bound_of(loads: Sequence[Load], cost: CostModel) -> int:
     """What a batch is bound by, as a place in ``BOUNDS``: decodes alone, which read weights and KV caches;
-    all but attention, in batches with chunks; or attention of chunks, if that takes longer in some KVP
-    group."""
+    all but attention, in batches with chunks; attention of chunks, if that takes longer in some KVP group; or
+    a lone decode, at most one in every KVP group, whose products are of a vector, by another kernel."""
     if not any(load.num_chunks for load in loads):
-        return 0
+        return 0 if any(load.num_decodes > 1 for load in loads) else 3
     for load in loads:
         if load.chunk_attention_s > cost.tokens_s(load.tokens, load.rows, load.requests):
             return 2

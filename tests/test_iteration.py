@@ -242,9 +242,12 @@ def test_whole_layers_take_what_was_measured_beyond_their_parts() -> None:
 
 
 def test_a_running_engine_adds_what_was_measured_there() -> None:
-    serving = ServingOverhead(4e-4, 3e-5, prefill_s=1e-4, tp_s=2e-3, idle_s=5e-4)
-    for tp, tp_s in ((1, 0.0), (2, 2e-3)):
-        parallel = ParallelSpec(tp=tp, spp=2)
+    serving = ServingOverhead(4e-4, 3e-5, prefill_s=1e-4, tp_s=2e-3, idle_s=5e-4, idle_ranks_s=3e-4)
+    for parallel, tp_s in (
+        (ParallelSpec(spp=2), 0.0),
+        (ParallelSpec(tp=2, spp=2), 2e-3),
+        (ParallelSpec(spp=2, kvp=2), 0.0),
+    ):
         plain = IterationModel(LLAMA_8B, Measured(), parallel)
         served = IterationModel(LLAMA_8B, Measured(serving=serving), parallel)
         for tokens, requests, wanted_s in ((3, 3, 4.9e-4), (66, 3, 5.9e-4)):
@@ -254,7 +257,36 @@ def test_a_running_engine_adds_what_was_measured_there() -> None:
             assert np.subtract(*stages) == pytest.approx([(wanted_s + tp_s) / 2] * 2)
         rows = {row.name: row for row in served.explain([(64, 0)], 2, 300)}
         assert rows["serving overhead"].time_s == pytest.approx(5.9e-4 + tp_s)
-        assert (plain.idle_s, served.idle_s) == (0.0, 5e-4)
+        assert (plain.idle_s, served.idle_s) == (0.0, pytest.approx(8e-4))
+    alone = IterationModel(LLAMA_8B, Measured(serving=serving), ParallelSpec())
+    assert alone.idle_s == 5e-4
+
+
+@pytest.mark.parametrize("parallel", [ParallelSpec(), ParallelSpec(tp=2), ParallelSpec(spp=2, kvp=2)])
+def test_operators_take_a_share_more_in_a_running_engine(parallel: ParallelSpec) -> None:
+    """5 % in one process, 12 on several ranks: all operators, but neither the host nor what goes between."""
+    serving = ServingOverhead(share=0.05, ranks_share=0.07)
+    factor = 1.05 if parallel.gpus_per_replica == 1 else 1.12
+    host = HostOverhead(base_s=3e-3)
+    plain = IterationModel(LLAMA_8B, Measured(), parallel, host=host)
+    served = IterationModel(LLAMA_8B, Measured(serving=serving), parallel, host=host)
+    stages = zip(served.stage_times_s(66, 3, 3, 0.0), plain.stage_times_s(66, 3, 3, 0.0), strict=True)
+    for stage, (one, other) in enumerate(stages):
+        host_s = 0.0 if stage else 3e-3
+        assert one - host_s == pytest.approx(factor * (other - host_s))
+    assert served.chunk_attention_s(64, 900) == pytest.approx(factor * plain.chunk_attention_s(64, 900))
+    assert served.decode_attention_s(2, 300) == pytest.approx(factor * plain.decode_attention_s(2, 300))
+    assert served.shard_attention_s(64, 900) == pytest.approx(factor * plain.shard_attention_s(64, 900))
+    assert served.merge_s(64, 2) == pytest.approx(factor * plain.merge_s(64, 2))
+    assert served.handover_s(66, parallel.spp - 1) == plain.handover_s(66, parallel.spp - 1)
+    predicted = predicted_s(served, [(64, 0)], 2, 300)
+    assert predicted == pytest.approx(sum(row.time_s for row in served.explain([(64, 0)], 2, 300)), rel=0.01)
+    # Nothing was measured, so all is outside: the host's work and hand-overs no longer than they are.
+    fixed_s = 3e-3 + sum(plain.handover_s(66, stage) for stage in range(1, parallel.spp))
+    more_s, less_s = (model.tokens_outside_s(66, 3, 3) - fixed_s for model in (served, plain))
+    assert more_s == pytest.approx(factor * less_s)
+    steps = [model.decode_run(2, 300, 5).total_s for model in (served.with_host(host), served.perturbed({}))]
+    assert steps == pytest.approx([served.decode_run(2, 300, 5).total_s] * 2)
 
 
 def test_what_a_later_stage_takes_between_batches() -> None:

@@ -23,6 +23,8 @@ from profiler.measure.engine_bench import EngineBench, _times_s, parallel_of  # 
 from profiler.measure.layer import LayerBench  # noqa: E402
 from profiler.measure.measurer import Measurer  # noqa: E402
 from profiler.measure.points import Point  # noqa: E402
+from profiler.measure.rank_cores import RankCores  # noqa: E402
+from profiler.measure.result import quantile_of, statistic  # noqa: E402
 from profiler.measure.serving_batches import contexts_of  # noqa: E402
 from profiler.measure.store import OK, OUT_OF_MEMORY, Visit  # noqa: E402
 from profiler.measure.timing import CORE, sample  # noqa: E402
@@ -129,7 +131,7 @@ def test_host_time_grows_with_the_batch_and_is_not_the_layers() -> None:
 
 def test_whole_iterations_take_longer_than_the_host_and_need_no_queue() -> None:
     behind, decoded = contexts_of(1, 64, is_idle=True)
-    shape = {"chunk": 64, "context": behind, "decode_context": decoded, "ranks": 1}
+    shape = {"chunk": 64, "context": behind, "decode_context": decoded, "tp": 1, "spp": 1, "kvp": 1}
     points = [
         Point.of("host", requests=1, chunk=64, ranks=1),
         Point.of("iteration", requests=1, idle=0, **shape),
@@ -141,6 +143,11 @@ def test_whole_iterations_take_longer_than_the_host_and_need_no_queue() -> None:
     assert busy.samples >= 3 and at_rest.samples >= 3
     # Eight prompts, one by one; before the first one nobody waited.
     assert len(bench._serve(points[2])) == 7
+    # In a pipeline the first one has a row of each stage.
+    staged = Point.of("iteration", requests=1, idle=1, **{**shape, "spp": 2})
+    pipeline = EngineBench(MODEL, CPU, [staged], ParallelSpec(spp=2), "cpu", "fp32")
+    assert len(pipeline._serve(staged)) == 7
+    pipeline.close()
     bench.close()
 
 
@@ -160,6 +167,24 @@ def test_a_later_stage_is_timed_between_batches_that_queue() -> None:
     assert 0.0 < one.time_s < 0.1 and 0.0 < three.time_s < 0.1
 
 
+@pytest.mark.parametrize(("spp", "kvp"), [(2, 1), (1, 2)])
+def test_iterations_of_stages_and_of_groups_are_timed(spp: int, kvp: int) -> None:
+    """Three decodes in each of two batches in flight, or in each of two groups; and a chunk beside each."""
+    chunks = (0, 64) if kvp > 1 else (0,)
+    points = []
+    for chunk in chunks:
+        behind, decoded = contexts_of(3, chunk, is_idle=False)
+        points.append(Point("iteration", (3, chunk, behind, decoded, 0, 1, spp, kvp)))
+    parallel = parallel_of(points[0])
+    assert parallel == ParallelSpec(spp=spp, kvp=kvp)
+    bench = EngineBench(MODEL, CPU, points, parallel, "cpu", "fp32")
+    try:
+        found = [bench.time(point, 0.3) for point in points]
+    finally:
+        bench.close()
+    assert all(each.samples >= 3 and 0.0 < each.time_s < 0.2 for each in found)
+
+
 def test_what_lies_between_stages_by_hand() -> None:
     """Of two batches in a second stage only the second was waiting for it."""
     batches = {
@@ -170,7 +195,41 @@ def test_what_lies_between_stages_by_hand() -> None:
     }
     records = cast(LiveRecords, SimpleNamespace(batches=batches, host={}))
     np.testing.assert_array_equal(_times_s("stage_gap", records), [np.nan, np.nan, np.nan, 0.5])
-    np.testing.assert_array_equal(_times_s("iteration", records), [1.0, 1.0, 1.75, 1.5])
+    # A whole iteration is what both stages took, in the last one's row.
+    np.testing.assert_array_equal(_times_s("iteration", records), [np.nan, np.nan, 2.75, 2.5])
+
+
+def test_batches_beside_slow_probes_are_told_apart_by_hand() -> None:
+    """Two stages, in which the third and the fourth batch have slow probes. Those before them, back to the
+    last quick probe, have a slow one next; the fifth lies behind quick ones."""
+    start_s = np.array([0.0, 1e-3, 2e-3, 3e-3, 4e-3])
+    batches = {
+        "batch": np.tile(np.arange(5), 2),
+        "stage": np.repeat([0, 1], 5),
+        "start_s": np.concatenate([start_s, start_s + 1e-3]),
+        "end_s": np.concatenate([start_s, start_s + 1e-3]) + 1e-3,
+    }
+    probe_s = np.array([1.0, 0.0, 1.5, 1.0, 1.0, 2.0, 2.0, 0.0, 2.3, 2.1]) * 1e-5
+    cores = RankCores()
+    quiet = cores.are_quiet(batches, {"probe_s": probe_s})
+    np.testing.assert_array_equal(quiet, np.tile([False, False, False, False, True], 2))
+    # By itself the second stage's first batch is quiet: its next probe is quick.
+    one = {name: column[5:] for name, column in batches.items()}
+    alone = RankCores().are_quiet(one, {"probe_s": probe_s[5:]})
+    np.testing.assert_array_equal(alone, [True, False, False, False, True])
+    late = {"batch": np.array([0, 1]), "stage": np.zeros(2), "start_s": np.array([0.0, 0.5])}
+    late["end_s"] = late["start_s"] + 1e-3
+    np.testing.assert_array_equal(
+        cores.are_quiet(late, {"probe_s": np.array([1.0, 1.5]) * 1e-5}), [True, False]
+    )
+    # Without probes nothing is known to be slow.
+    np.testing.assert_array_equal(RankCores().are_quiet(late, {"probe_s": np.zeros(2)}), [True, True])
+
+
+def test_whole_iterations_count_by_their_median() -> None:
+    assert quantile_of("iteration", "cpu") == quantile_of("iteration", "cuda") == 0.5
+    assert (quantile_of("host", "cpu"), quantile_of("gemm", "cuda")) == (0.25, 0.5)
+    assert statistic("cpu").startswith("0.25 quantile over visits") and "0.5 for whole" in statistic("cpu")
 
 
 def test_the_contexts_of_a_batch_by_hand() -> None:

@@ -16,6 +16,7 @@ from profiler.measure.refine import Refiner
 from profiler.measure.store import Store, Visit
 from specs import get_device, get_model
 from specs.errors import InputError
+from specs.models import ModelSpec
 
 MODEL, CPU = get_model("tiny-llama"), get_device("cpu")
 LIMITS = Limits(
@@ -61,12 +62,44 @@ def test_a_later_stage_is_timed_where_there_can_be_one() -> None:
     assert "stage_gap" not in Grid(shallow, CPU, "fp32", LIMITS).candidates()
 
 
-def test_iterations_are_those_of_the_host_and_prompts_that_come_to_an_engine_at_rest() -> None:
-    points = GRID.candidates()["iteration"]
-    busy = {(p["requests"], p["chunk"], p["ranks"]) for p in points if not p["idle"]}
-    assert busy == {host.shape for host in GRID.candidates()["host"]}
-    at_rest = {(p["requests"], p["chunk"], p["ranks"]) for p in points if p["idle"]}
-    assert at_rest == {(1, chunk, ranks) for chunk in (64, 256, 1024) for ranks in (1, 2)}
+ALONE, TP, SPP, KVP = (1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2)
+
+
+def _layouts(grid: Grid, *, chunk: int = 0, idle: int = 0) -> dict[tuple[int, int, int], set[int]]:
+    """Of iterations with such a chunk, the numbers of requests by how the model is split."""
+    found: dict[tuple[int, int, int], set[int]] = {}
+    for point in grid.candidates().get("iteration", []):
+        if (point["chunk"], point["idle"]) == (chunk, idle):
+            found.setdefault((point["tp"], point["spp"], point["kvp"]), set()).add(point["requests"])
+    return found
+
+
+def test_iterations_are_timed_in_every_way_to_split_the_model() -> None:
+    few = {1, 2, 3, 4, 5, 6, 7, 8, 16, 32, 64}
+    assert _layouts(GRID) == {ALONE: few, TP: few, SPP: few, KVP: few}
+    octaves = {1, 2, 4, 8, 16, 32, 64}
+    for chunk in (64, 256, 1024):
+        assert _layouts(GRID, chunk=chunk) == {ALONE: octaves, TP: octaves, SPP: {1}, KVP: octaves}
+        # Prompts that come to an engine at rest: one KVP group alone would have nothing else beside it.
+        assert _layouts(GRID, chunk=chunk, idle=1) == {ALONE: {1}, TP: {1}, SPP: {1}}
+    assert {p["chunk"] for p in GRID.candidates()["iteration"]} == {0, 64, 256, 1024}
+
+
+def test_iterations_are_timed_where_their_ranks_can_be_had() -> None:
+    def layouts(model: ModelSpec = MODEL, **limits: object) -> set[tuple[int, int, int]]:
+        changed = dataclasses.replace(LIMITS, **limits)  # type: ignore[arg-type]
+        return set(_layouts(Grid(model, CPU, "fp32", changed)))
+
+    assert layouts(ranks=()) == layouts(is_quick=True) == {ALONE}
+    assert layouts(tps=(1,)) == {ALONE, SPP, KVP}
+    assert layouts(dataclasses.replace(MODEL, num_layers=1)) == {ALONE, TP, KVP}
+    few = dataclasses.replace(LIMITS, decodes=4)
+    assert _layouts(Grid(MODEL, CPU, "fp32", few))[SPP] == {1, 2, 3, 4}
+
+
+def test_few_tokens_are_measured_one_by_one_on_a_cpu() -> None:
+    """Those that fill no block of four rows take longer than one more that does."""
+    assert {point["m"] for point in GRID.candidates()["gemm"]} >= set(range(1, 13))
 
 
 def test_every_prefix_of_the_coarse_grid_covers_the_range() -> None:

@@ -123,6 +123,19 @@ def test_largest_chunk_is_the_hand_computed_one() -> None:
     assert largest_chunk(cost, context=0, available=4096, budget_s=0.001) == 0
 
 
+def test_what_is_found_fits_where_more_tokens_take_less() -> None:
+    """Steps of 64 tokens, each with a tooth: 10 ms more just behind the borders."""
+
+    class Sawtooth(LinearCost):
+        def tokens_s(self, tokens: int, rows: int, requests: int) -> float:
+            return super().tokens_s(tokens, rows, requests) + 0.01 * (tokens % 64 != 0)
+
+    cost = Sawtooth(base_s=1e-3, token_s=1e-5, pair_s=0.0)
+    for budget_s in (0.005, 0.0117, 0.014, 0.02, 0.0333):
+        found = largest_chunk(cost, context=0, available=4095, budget_s=budget_s)
+        assert found > 0 and cost.tokens_s(found, 1, 1) <= budget_s
+
+
 @given(
     st.integers(0, 200_000),
     st.integers(1, 5000),

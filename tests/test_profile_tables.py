@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from profiler.kernels import load_kernels
+from profiler.overheads import ServingOverhead
 from profiler.predictor import FILE, load_predictor
 from profiler.tables import (
     MAX_TABLE_BYTES,
@@ -175,6 +176,24 @@ def test_a_predictor_of_other_tables_is_refused(copy: Path) -> None:
     write_profile(dataclasses.replace(profile, tables=tables))
     with pytest.raises(InputError, match=r"trained on other tables .* run `convoy train"):
         load_predictor(read_profile(copy), get_device("h100-sxm"))
+
+
+def test_a_predictor_that_lacks_a_parameter_says_what_to_run(copy: Path) -> None:
+    with np.load(copy / FILE) as archive:
+        operators = json.loads(archive["header"].tobytes())["operators"]
+    key = sorted(operators)[0]
+    lost = sorted(operators[key]["parameters"])[0]
+    del operators[key]["parameters"][lost]
+    rewrite_header(copy / FILE, operators=operators)
+    with pytest.raises(InputError, match=rf"{key} has no parameter {lost}, .* run `convoy train .*copy`"):
+        load_predictor(read_profile(copy), get_device("h100-sxm"))
+
+
+def test_a_predictor_without_the_newer_rates_of_serving_has_none_of_them(copy: Path) -> None:
+    rates = {"base_s": 1e-4, "per_request_s": 2e-5, "prefill_s": 3e-4, "tp_s": 1e-3, "idle_s": 5e-4}
+    rewrite_header(copy / FILE, serving=rates)
+    found = load_predictor(read_profile(copy), get_device("h100-sxm")).serving
+    assert found == ServingOverhead(**rates)
 
 
 def test_a_predictor_of_another_device_or_version_is_refused(copy: Path) -> None:

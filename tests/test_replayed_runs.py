@@ -191,7 +191,7 @@ def test_another_policy_diverges(tmp_path: Path) -> None:
 def test_a_slower_machine_decides_as_before_and_takes_longer(tmp_path: Path) -> None:
     made = experiment(tmp_path, scheduler={"priority": "fcfs", "chunking": "static", "chunk_tokens": 4096})
     one = replace(made.workload, arrival_s=np.arange(len(made.workload)) * 100.0)  # one at a time
-    plain, slowed = simulate(one, made.setup), simulate_paced(one, made.setup, [Pace(*[Factors((1.7,))] * 3)])
+    plain, slowed = simulate(one, made.setup), simulate_paced(one, made.setup, [Pace(*[Factors((1.7,))] * 4)])
     np.testing.assert_allclose(slowed.ttft_s, 1.7 * plain.ttft_s, rtol=1e-6)
     np.testing.assert_allclose(slowed.e2e_s, 1.7 * plain.e2e_s, rtol=1e-6)
 
@@ -200,7 +200,7 @@ def test_each_bound_has_its_own_pace(tmp_path: Path) -> None:
     """By hand: in a request of its own the first token is the chunk's, the rest are decodes'."""
     made = experiment(tmp_path, scheduler={"priority": "fcfs", "chunking": "static", "chunk_tokens": 4096})
     one = replace(made.workload, arrival_s=np.arange(len(made.workload)) * 100.0)
-    pace = Pace(Factors((3.0,)), Factors((2.0,)), Factors((100.0,)))
+    pace = Pace(Factors((100.0,)), Factors((2.0,)), Factors((100.0,)), Factors((3.0,)))
     plain, paced = simulate(one, made.setup), simulate_paced(one, made.setup, [pace])
     np.testing.assert_allclose(paced.ttft_s, 2.0 * plain.ttft_s, rtol=1e-6)
     np.testing.assert_allclose(
@@ -242,7 +242,7 @@ def test_batches_that_take_unequally_long_make_queues_longer() -> None:
     one_by_one = SchedulerSettings(max_batch_requests=1, chunk_tokens=16)
     setup = Setup(LinearCost(base_s=1.0), kv_capacity_tokens=1 << 20, scheduler=one_by_one)
     for factors in (Factors(), unequal):
-        records = simulate_paced(workload, setup, [Pace(factors, factors, factors)])
+        records = simulate_paced(workload, setup, [Pace(*[factors] * 4)])
         wait_s = np.mean(records.ttft_s) - 1.0
         variance = np.mean((np.array(factors.values) - 1.0) ** 2)
         assert wait_s == pytest.approx(load * (1.0 + variance) / (2.0 * (1.0 - load)), rel=0.08)
@@ -252,10 +252,10 @@ def test_every_stage_and_every_seed_has_its_own_draws(tmp_path: Path) -> None:
     """One prompt of one chunk through two stages that take three and five times as long; by hand."""
     made = experiment(tmp_path, parallel={"spp": 2})
     one = replace(made.workload.head(1), output_tokens=np.ones(1, dtype=np.int32), arrival_s=np.zeros(1))
-    paces = [Pace(*[Factors((factor,))] * 3) for factor in (3.0, 5.0)]
+    paces = [Pace(*[Factors((factor,))] * 4) for factor in (3.0, 5.0)]
     first, second = _stages_s(simulate(one, made.setup)), _stages_s(simulate_paced(one, made.setup, paces))
     np.testing.assert_allclose(second, first * [3.0, 5.0], rtol=1e-9)
-    scattered = [Pace(*[Factors((1.0, 2.0, 4.0), (1.0, 1.0, 1.0))] * 3)] * 2
+    scattered = [Pace(*[Factors((1.0, 2.0, 4.0), (1.0, 1.0, 1.0))] * 4)] * 2
     runs = [simulate_paced(made.workload, made.setup, scattered, seed) for seed in (0, 0, 1)]
     ends_s = [run.batches["end_s"] for run in runs]
     np.testing.assert_array_equal(ends_s[0], ends_s[1])
@@ -279,6 +279,8 @@ def test_attention_binds_a_chunk_behind_a_long_context() -> None:
         (101, 4, 1),
         (200, 4, 2),
         (None, 4, 0),
+        (None, 1, 3),
+        (50, 1, 1),
     ):
         load = Load()
         if context is not None:
@@ -287,8 +289,17 @@ def test_attention_binds_a_chunk_behind_a_long_context() -> None:
         assert bound_of((Load(), load), cost) == work
 
 
+def test_a_decode_is_alone_if_no_group_has_two() -> None:
+    loads = [Load(), Load(), Load()]
+    for load, decodes in zip(loads, (1, 1, 2), strict=True):
+        load.count_decodes(decodes, decodes, 100, 0.0)
+    cost = LinearCost(token_s=1.0, pair_s=0.01)
+    assert (bound_of(loads[:2], cost), bound_of(loads, cost)) == (3, 0)
+
+
 def test_paces_are_sums_by_bound_and_stage() -> None:
-    """Decodes 2 ×, linear ones 3 ×; too few of attention in stage 0 and none in stage 1 take that of all."""
+    """Decodes 2 ×, linear ones 3 ×; too few of attention in stage 0 and none in stage 1 take that of all, as
+    lone ones do."""
     bound = np.array([0] * 10 + [1] * 10 + [2] * 9 + [0] * 10)
     stage = np.array([0] * 29 + [1] * 10)
     predicted_s = np.linspace(1.0, 2.0, 39)
@@ -299,12 +310,12 @@ def test_paces_are_sums_by_bound_and_stage() -> None:
     times = BatchTimes(parts_s, parts_s * np.nan, factor * predicted_s, *waits_s, *held)
     first, second, third = measured_paces(times, 3)
     of_all = float((factor * predicted_s)[:29].sum() / predicted_s[:29].sum())
-    assert [first.of(bound).mean for bound in range(3)] == pytest.approx([2.0, 3.0, of_all])
+    assert [first.of(bound).mean for bound in range(4)] == pytest.approx([2.0, 3.0, of_all, of_all])
     assert set(np.round(first.attention.values, 9)) == {2.0, 3.0, 5.0}
-    assert [second.of(bound).mean for bound in range(3)] == pytest.approx([4.0] * 3)
-    assert third == Pace(*[Factors(is_shared=True)] * 3)
-    shared = [each.of(bound).is_shared for each in (first, second) for bound in range(3)]
-    assert shared == [False, False, True, False, True, True]
+    assert [second.of(bound).mean for bound in range(4)] == pytest.approx([4.0] * 4)
+    assert third == Pace(*[Factors(is_shared=True)] * 4)
+    shared = [each.of(bound).is_shared for each in (first, second) for bound in range(4)]
+    assert shared == [False, False, True, True, False, True, True, True]
 
 
 def test_how_batches_came_to_begin_in_a_later_stage() -> None:

@@ -24,7 +24,7 @@ from experiments.rungs import Ladder, Rung, climb
 from experiments.slow_moments import Probes, slowdowns
 from experiments.text import percent
 from experiments.validation_files import Outcome, pace_data, write_case
-from experiments.validation_text import print_outcome, verdict
+from experiments.validation_text import _slow_moments, print_outcome, verdict
 from policies.batch import Batch
 from sim.cluster import simulate
 from sim.paced import Factors, Pace, simulate_paced
@@ -92,13 +92,13 @@ def test_slow_batches_are_held_against_like_ones() -> None:
         return slowdowns(keys, bound, (predicted_s, ratio * predicted_s), slow)
 
     by_run = np.stack([run], axis=1)
-    assert found(by_run, ratio, slow) == pytest.approx([1.5, 1.5, 1.5])
+    assert found(by_run, ratio, slow) == pytest.approx([1.5] * 4)
     # Halfway ones and those of which nothing is known count on neither side; nothing is quicker when slow.
-    assert found(by_run, ratio, slow * 0.5) == [1.0, 1.0, 1.0]
-    assert found(by_run, ratio, slow * np.nan) == [1.0, 1.0, 1.0]
-    assert found(by_run, 1.0 / ratio, slow) == [1.0, 1.0, 1.0]
+    assert found(by_run, ratio, slow * 0.5) == [1.0] * 4
+    assert found(by_run, ratio, slow * np.nan) == [1.0] * 4
+    assert found(by_run, 1.0 / ratio, slow) == [1.0] * 4
     # Nobody to be held against: no slow batch has ten like ones on own cores.
-    assert found(np.stack([run, slow.astype(np.int64)], axis=1), ratio, slow) == [1.0, 1.0, 1.0]
+    assert found(np.stack([run, slow.astype(np.int64)], axis=1), ratio, slow) == [1.0] * 4
     # Few of one bound take what all have, each against its own like ones.
     bound[38:42] = 1
     assert found(by_run, ratio, slow)[1] == pytest.approx(1.5)
@@ -123,7 +123,7 @@ def test_slow_moments_slow_down_what_falls_into_them(tmp_path: Path) -> None:
     at_s = np.arange(0.0, 2 * half_s, 0.5)
     moments = [SlowMoments(at_s.tolist(), (at_s >= half_s - 50.0).tolist())]
     plain = simulate(one, made.setup)
-    slowness = Slowness(moments, (3.0, 2.0, 9.0))
+    slowness = Slowness(moments, (9.0, 2.0, 9.0, 3.0))  # nobody decodes beside another
     slowed = simulate_paced(one, made.setup, [Pace()], slowness=slowness)
     factor = np.where(one.arrival_s >= half_s, 2.0, 1.0)
     np.testing.assert_allclose(slowed.ttft_s, factor * plain.ttft_s, rtol=1e-6)
@@ -132,7 +132,7 @@ def test_slow_moments_slow_down_what_falls_into_them(tmp_path: Path) -> None:
     # On top of a pace: a chunk that takes five times as long takes ten in a slow moment.
     both = simulate_paced(one, made.setup, [Pace(linear=Factors((5.0,)))], slowness=slowness)
     np.testing.assert_allclose(both.ttft_s, 5.0 * factor * plain.ttft_s, rtol=1e-6)
-    with pytest.raises(ValueError, match="there are 3 slowdowns, not 1"):
+    with pytest.raises(ValueError, match="there are 4 slowdowns, not 1"):
         simulate_paced(one, made.setup, [Pace()], slowness=Slowness(moments, (1.0,)))
 
 
@@ -298,7 +298,7 @@ def test_a_run_with_slow_moments_is_right_as_probed(tmp_path: Path) -> None:
     host = dict.fromkeys(("execute_s", "sample_s"), np.zeros(len(start_s)))
     live = replace(live, host=host | {"probe_s": np.where(start_s % 20.0 >= 10.0, 20.0, 10.0)})
     judged = ladder(made, live)
-    assert judged.slowdowns == pytest.approx([2.0, 2.0, 2.0])
+    assert judged.slowdowns == pytest.approx([2.0] * 4)
     assert judged.passes and judged.rungs[-1].text.startswith("probed; nearest")
     as_it_is = [each for each in judged.comparisons if each.allowed is not None]
     assert max(abs(each.error) for each in as_it_is) > 0.3
@@ -375,3 +375,15 @@ def test_a_right_simulation_misses_bounds_by_chance() -> None:
     loose = tight.model_copy(update={"noise_factor": 1.5})
     assert chance_to_hold([near, near], loose) == pytest.approx(8 / 9)
     assert chance_to_hold([drawn(1.0)], tight) is None and chance_to_hold([], tight) is None
+
+
+def test_what_slow_moments_did_is_said_or_that_nothing_is_known() -> None:
+    first = "live run 1: somebody else was on a core at 40.0 % of the probes"
+    factors = "decodes 1.50, with chunks 1.20, bound by attention 1.00, lone decodes 1.40"
+    assert list(_slow_moments([0.4, 0.001, None], [1.5, 1.2, 1.0, 1.4])) == [
+        first,
+        f"then batches took so many times as long as on cores of their own: {factors}",
+    ]
+    found, unknown = _slow_moments([0.4, 0.001], [1.0] * 4)
+    assert found == first and "isn't known" in unknown and "counts as nothing" in unknown
+    assert list(_slow_moments([0.001, None], [1.0] * 4)) == []

@@ -15,6 +15,7 @@ from profiler.measure import environment
 from profiler.measure.grid import spread
 from profiler.measure.measurer import Measurer
 from profiler.measure.points import Point
+from profiler.measure.result import quantile_of
 from profiler.measure.store import OK
 from profiler.tables import COLUMNS, Profile, read_profile, read_table
 from runtime.runner import DTYPES, find_device
@@ -110,7 +111,7 @@ def _drifts(profile: Profile, here: torch.device) -> list[Drift]:
 
 
 def _measure(profile: Profile, here: torch.device, points: list[Point]) -> dict[Point, float]:
-    """Times now: the best of visits that take turns, since what disturbs adds time."""
+    """Times now, of visits that take turns, by the same quantile of them as the profile's."""
     dtype = next(info.dtype for info in profile.tables)
     measurer = Measurer(
         entry_model(profile.model, str(profile.path)),
@@ -129,5 +130,7 @@ def _measure(profile: Profile, here: torch.device, points: list[Point]) -> dict[
                     found.setdefault(point, []).append(visit.time_s)
     finally:
         measurer.close()
-    quantile = 0.25 if here.type == "cpu" else 0.5
-    return {point: float(np.quantile(times, quantile)) for point, times in found.items()}
+    return {
+        point: float(np.quantile(times, quantile_of(point.operator, here.type)))
+        for point, times in found.items()
+    }

@@ -24,7 +24,7 @@ from profiler.measure.measurer import Measurer
 from profiler.measure.points import Point
 from profiler.measure.progress import progress
 from profiler.measure.refine import Refiner
-from profiler.measure.result import below_floor, write_result
+from profiler.measure.result import QUANTILE, below_floor, statistic, write_result
 from profiler.measure.session import Session, interleave
 from profiler.measure.store import Store
 from profiler.measure.timing import CORE
@@ -38,8 +38,6 @@ from specs.parallel import tp_choices
 QUICK_BUDGET_S = 40.0
 QUICK_SCALE = 0.45  # of the coarse grid's points
 MEMORY_SHARE = {"cpu": 0.15, "cuda": 0.6}  # of what is free, for one operator's inputs
-# On a CPU others interfere, and only ever add time: the lower quartile of the visits. A GPU is our own.
-QUANTILE = {"cpu": 0.25, "cuda": 0.5}
 _MAX_CONTEXT = 10 << 20
 
 
@@ -205,7 +203,7 @@ def measure(options: MeasureOptions, say: Callable[[str], None] = print) -> Outc
         store,
         real.spec,
         real.dtype,
-        quantile=quantile,
+        device_type=real.device.type,
         created=environment.today(),
         versions=environment.versions(),
         model=model_entry(real.model, real.tps),
@@ -310,7 +308,7 @@ def _conditions(
         "after": _joined(environment.state(real.device)),
         "slow moments": f"{CORE.slow_share:.0%} of the probes" if real.device.type == "cpu" else "",
         "commit": environment.git_commit() or "",
-        "statistic": f"{QUANTILE[real.device.type]:g} quantile over visits of the median over samples",
+        "statistic": statistic(real.device.type),
     }
     for name, value in measure_ceilings(
         real.spec, real.device, real.dtype, DTYPES[real.dtype], 4 * real.visit_s

@@ -13,7 +13,6 @@ waiting, it is not.
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import replace
 from statistics import median
@@ -24,8 +23,9 @@ from numpy.typing import NDArray
 from policies.scheduler import SchedulerSettings
 from profiler.iteration import IterationModel
 from profiler.measure.points import Point
+from profiler.measure.rank_cores import RankCores
 from profiler.measure.serving_batches import PROMPT_TOKENS, STAGES, STEPS, lone_prompts, workload_of
-from profiler.measure.timing import CORE, PATIENCE, PATIENCE_S, Samples
+from profiler.measure.timing import PATIENCE, PATIENCE_S, Samples
 from profiler.roofline_kernels import RooflineKernels
 from profiler.whole_layers import MOST_LAYERS
 from runtime.engine import Engine, LiveRecords, LiveSetup
@@ -42,13 +42,13 @@ from traces.synthesis import ClosedLoop
 
 BLOCK_TOKENS = 16
 RUNS = 6
+FEWEST = 3  # iterations on quiet cores that a visit goes on for
 ENGINE_OPERATORS = ("host", "iteration", "stage_gap")
 IDLE_S = 0.05  # that the engine has nothing to do before an iteration that is to find it so
 
 
 class EngineBench:
-    """Serves batches of one shape over and over, with one rank or, under tensor parallelism and in a
-    pipeline, with several.
+    """Serves batches of one shape over and over, with one rank or, split in any way, with several.
 
     Args:
         model: the whole model; so many of its layers run that none finds its weights in a cache.
@@ -68,20 +68,22 @@ class EngineBench:
         dtype: str,
     ) -> None:
         served = replace(model, num_layers=min(model.num_layers, MOST_LAYERS))
-        workloads = [workload_of(point["requests"], point["chunk"], parallel.spp) for point in points]
+        at_a_time = parallel.spp * parallel.kvp
+        workloads = [workload_of(point["requests"], point["chunk"], at_a_time) for point in points]
         each = [w.prompt_tokens.astype(np.int64) + w.output_tokens + 2 * BLOCK_TOKENS for w in workloads]
         self._runner = RunnerSpec(
             served,
             parallel=parallel,
             dtype=dtype,
             device=device,
-            kv_capacity_tokens=max(int(tokens.sum()) for tokens in each),
+            kv_capacity_tokens=max(int(tokens.sum()) for tokens in each),  # also if one group has them all
             block_tokens=BLOCK_TOKENS,
         )
         self._cost = IterationModel(
             served, RooflineKernels(spec, weight_dtype=dtype, kv_dtype=dtype), parallel
         )
         self._executor: Executor = start_executor(self._runner)
+        self._cores = RankCores()
 
     def time(self, point: Point, visit_s: float) -> Samples:
         """Seconds of an iteration of so many requests, one of them a chunk if the point has one: the host's
@@ -95,14 +97,15 @@ class EngineBench:
         began_s = time.perf_counter()
         until_s = began_s + visit_s
         give_up_s = began_s + max(PATIENCE * visit_s, PATIENCE_S)
-        while len(times) < RUNS * STEPS and time.perf_counter() < (until_s if times else give_up_s):
-            quiet = CORE.is_quiet()
-            found = self._serve(point)
-            (times if quiet and CORE.is_quiet() else disturbed).extend(found)
-        if not times:
+        while len(times) < RUNS * STEPS:
+            if time.perf_counter() >= (until_s if len(times) >= FEWEST else give_up_s):
+                break
+            for found_s, is_quiet in self._serve(point):
+                (times if is_quiet else disturbed).append(found_s)
+        if len(times) < FEWEST:
             # A gap ends when the next batch begins: heard of late, the one before makes it too short.
             is_gap = point.operator == "stage_gap"
-            times = disturbed if is_gap else sorted(disturbed)[: max(len(disturbed) // 2, 1)]
+            times += disturbed if is_gap else sorted(disturbed)[: max(len(disturbed) // 2, 1)]
         found_s = float(median(times)) if times else 0.0
         if found_s <= 0.0:
             raise InputError(f"no batch of {point} that could be timed")
@@ -113,34 +116,38 @@ class EngineBench:
         """End the ranks."""
         self._executor.close()
 
-    def _serve(self, point: Point) -> list[float]:
-        """Seconds of every iteration of that shape in one run."""
+    def _serve(self, point: Point) -> list[tuple[float, bool]]:
+        """Of each iteration of that shape in one run: seconds, and whether nobody else was on its cores."""
         requests, chunk = point["requests"], point["chunk"]
         is_idle = point.operator == "iteration" and bool(point["idle"])
         decodes = requests - bool(chunk)
-        in_flight = self._runner.parallel.spp
+        groups = self._runner.parallel.kvp
+        at_a_time = self._runner.parallel.spp * groups
         tokens = decodes + chunk if chunk else decodes * PROMPT_TOKENS
         setup = LiveSetup(
             runner=self._runner,
             cost=self._cost,
             scheduler=SchedulerSettings(
                 chunk_tokens=tokens,
-                max_batch_requests=requests * in_flight,
+                max_batch_requests=requests * at_a_time,
                 max_batch_tokens=tokens,
                 block_tokens=BLOCK_TOKENS,
                 watermark=0.0,
             ),
             closed_loop=ClosedLoop(1, IDLE_S) if is_idle else None,
         )
-        workload = lone_prompts(chunk) if is_idle else workload_of(requests, chunk, in_flight)
+        workload = lone_prompts(chunk) if is_idle else workload_of(requests, chunk, at_a_time)
         records = Engine(workload, setup, self._executor).run()
         self._let_go(len(workload))
         batches = records.batches
-        wanted = (batches["num_decodes"] == decodes) & (batches["prefill_tokens"] == chunk)
-        wanted &= batches["num_prefills"] == bool(chunk)
-        found: list[float] = _times_s(point.operator, records)[wanted].tolist()
+        wanted = batches["num_decodes"] == decodes * groups
+        wanted &= batches["prefill_tokens"] == chunk * groups
+        wanted &= batches["num_prefills"] == bool(chunk) * groups
+        time_s = _times_s(point.operator, records)
+        quiet = self._cores.are_quiet(batches, records.host)
+        rows = np.flatnonzero(wanted & ~np.isnan(time_s))
         # Nobody waited before the first one.
-        return [time_s for time_s in found[is_idle:] if not math.isnan(time_s)]
+        return list(zip(time_s[rows].tolist(), quiet[rows].tolist(), strict=True))[is_idle:]
 
     def _let_go(self, requests: int) -> None:
         """Free the KV blocks of the requests of a run: its engine would with its next batch."""
@@ -153,6 +160,8 @@ class EngineBench:
 
 def parallel_of(point: Point) -> ParallelSpec:
     """How the model is split that an engine serves to time ``point``."""
+    if point.operator == "iteration":
+        return ParallelSpec(tp=point["tp"], spp=point["spp"], kvp=point["kvp"])
     return ParallelSpec(spp=STAGES) if point.operator == "stage_gap" else ParallelSpec(tp=point["ranks"])
 
 
@@ -161,7 +170,8 @@ def _times_s(operator: str, records: LiveRecords) -> NDArray[np.float64]:
     batches, host = records.batches, records.host
     time_s: NDArray[np.float64] = batches["end_s"] - batches["start_s"]
     if operator == "iteration":
-        return time_s
+        whole_s = np.bincount(batches["batch"], time_s)[batches["batch"]]
+        return np.where(batches["stage"] == batches["stage"].max(), whole_s, np.nan)
     if operator == "host":
         return time_s - host["execute_s"] - host["sample_s"]
     between_s = np.full(len(time_s), np.nan)

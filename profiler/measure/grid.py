@@ -29,7 +29,7 @@ from specs.models import DTYPE_BYTES, ModelSpec
 
 # Share of the coarse grid that each operator gets: by its share of serving time, and by its dimensions.
 _COARSE = {
-    "gemm": 200,
+    "gemm": 240,
     "prefill_attention": 100,
     "decode_attention": 72,
     "layer": 56,
@@ -47,11 +47,13 @@ _COARSE = {
     "all_gather": 20,
     "send_recv": 20,
     "host": 24,
-    "iteration": 56,
+    "iteration": 96,
     "stage_gap": 18,
 }
+FEW_TOKENS = 12  # up to so many are measured one by one on a CPU
 MERGE_SHARDS = (2, 3, 4, 8)
 HOST_CHUNKS = (0, 64, 256, 1024)  # tokens of the chunk in a batch whose host time is taken
+FEW_DECODES = 8  # up to so many are timed one by one: most batches of decodes have fewer
 _CONTEXT_OFFSET = 16  # an empty context lies an octave below one of this many tokens
 
 
@@ -257,12 +259,25 @@ class Grid:
                 yield Point("host", (requests, chunk, ranks))
 
     def _iteration(self) -> Iterable[Point]:
-        """The same, and prompts that come to an engine at rest."""
-        for host in self._host():
-            requests, chunk, ranks = host.shape
-            for idle in (0, 1) if chunk and requests == 1 else (0,):
-                behind, decoded = contexts_of(requests, chunk, is_idle=bool(idle))
-                yield Point("iteration", (requests, chunk, behind, decoded, idle, ranks))
+        """Decodes alone, few of them one by one, and beside a chunk; prompts that come to an engine at rest;
+        of one rank and of several, however they split the work."""
+        layouts = [(1, 1, 1)]
+        if self.limits.ranks and not self.limits.is_quick:
+            ranks = self.limits.ranks[0]
+            layouts += [(ranks, 1, 1)] if ranks in self.limits.tps else []
+            layouts += [(1, ranks, 1)] if ranks <= self.model.num_layers else []
+            layouts += [(1, 1, ranks)]
+        few = range(1, min(FEW_DECODES, self.limits.decodes) + 1)
+        chunks = HOST_CHUNKS[:-1] if self.limits.is_quick else HOST_CHUNKS
+        for layout, chunk in product(layouts, chunks):
+            counts = _steps(1, self.limits.decodes, 1)
+            beside = [1] if layout[1] > 1 else counts  # stages don't get batches of a chunk and equal decodes
+            for requests in beside if chunk else sorted({*few, *counts}):
+                behind, decoded = contexts_of(requests, chunk, is_idle=False)
+                yield Point("iteration", (requests, chunk, behind, decoded, 0, *layout))
+            if chunk and layout[-1] == 1:
+                behind, decoded = contexts_of(1, chunk, is_idle=True)
+                yield Point("iteration", (1, chunk, behind, decoded, 1, *layout))
 
     def _stage_gap(self) -> Iterable[Point]:
         """Decodes alone, and a chunk alone, where there can be a later stage."""
@@ -300,10 +315,11 @@ class Grid:
         return [self._shard_sizes(tp)[:2] for tp in self.limits.tps]
 
     def _token_counts(self) -> list[int]:
-        """Powers of two and halfway between, and on GPUs the counts just behind, where a tile begins."""
+        """Powers of two and halfway between; on CPUs few tokens one by one, since those that fill no block of
+        rows cost extra, and on GPUs the counts just behind, where a tile begins."""
         counts = _steps(1, self.limits.tokens, 2)
         if self.device.name == "cpu":
-            return counts
+            return sorted({*range(1, FEW_TOKENS + 1), *counts})
         return sorted({*counts, *(count + 1 for count in counts if 64 <= count <= 4096)})
 
     def _contexts(self) -> list[int]:

@@ -12,15 +12,15 @@ STAGES = 2  # of the pipeline in which the gap between a later stage's batches i
 STEPS = 16  # of a run; where the machine is disturbed in one, none of them counts
 
 
-def workload_of(requests: int, chunk: int, in_flight: int = 1) -> Workload:
-    """Requests that decode, and after them, in the queue, prompts of a few chunks each; enough that so many
-    batches of them are in flight at a time."""
-    decodes = (requests - bool(chunk)) * in_flight
+def workload_of(requests: int, chunk: int, at_a_time: int = 1) -> Workload:
+    """Requests that decode, and after them, in the queue, prompts of a few chunks each; enough for so many
+    such batches at a time: one in each stage of a pipeline, or in each KVP group."""
+    decodes = (requests - bool(chunk)) * at_a_time
     prompts = [PROMPT_TOKENS] * decodes
     outputs = [_output_tokens(decodes, chunk)] * decodes
     if chunk:
-        prompts += [CHUNKS * chunk] * (STEPS // CHUNKS)
-        outputs += [1] * (STEPS // CHUNKS)
+        prompts += [CHUNKS * chunk] * (STEPS // CHUNKS * at_a_time)
+        outputs += [1] * (STEPS // CHUNKS * at_a_time)
     return _workload(prompts, outputs)
 
 
