@@ -306,7 +306,7 @@ def _conditions(
         "attention": measurer.cases.backend.name,
         "before": _joined(before),
         "after": _joined(environment.state(real.device)),
-        "slow moments": f"{CORE.slow_share:.0%} of the probes" if real.device.type == "cpu" else "",
+        "slow moments": f"{CORE.slow_share:.0%} of the probes" if CORE.probes else "",
         "commit": environment.git_commit() or "",
         "statistic": statistic(real.device.type),
     }
