@@ -15,10 +15,9 @@ from experiments.alike import alike
 from experiments.live_records import LiveRun
 from sim.paced import BOUNDS
 from sim.slowed import SlowMoments
+from traces.probes import slowness, usual_s
 from traces.records import SLOW_PROBE
 
-_USUAL = 0.01  # quantile of the probes that is usual: they differ by 3 %, or by 70 to 100
-_SAME_MOMENT_S = 0.02  # a probe later than this after a batch says nothing of it
 _FEWEST = 10  # slow batches, to say how much slower they are
 
 FloatArray = NDArray[np.float64]
@@ -37,8 +36,7 @@ class Probes:
 
     def _usual(self, stage: int) -> float:
         taken = [run.probe_s[(run.stage == stage) & (run.probe_s > 0.0)] for run in self._runs]
-        every = np.concatenate(taken) if taken else np.zeros(0)
-        return float(np.quantile(every, _USUAL)) if len(every) else 0.0
+        return usual_s(np.concatenate(taken)) if taken else 0.0
 
     def _found(self, place: int, stage: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Of one run and stage: the rows that have a probe in the order of time, and which found it slow."""
@@ -67,24 +65,13 @@ class Probes:
         return result
 
     def slowness(self, place: int) -> FloatArray:
-        """[batches × stages] of one run: 0 if the last probe of its stage before a batch, and the next one
-        unless it came much later, were both quick; 1 if both were slow; 0.5 if one was; NaN if nothing is
-        known."""
+        """[batches × stages] of one run: see :func:`traces.probes.slowness`."""
         run = self._runs[place]
         result = np.full(len(run.start_s), np.nan)
         for stage in range(len(self._usual_s)):
-            probed, slow = self._found(place, stage)
-            if len(probed) == 0:
-                continue
             rows = run.in_order(stage)
-            at = np.flatnonzero(run.probe_s[rows] > 0.0)  # where in `rows` the probes are
-            following = np.searchsorted(at, np.arange(len(rows)), side="right")
-            before = np.maximum(following - 1, 0)
-            after = np.minimum(following, len(at) - 1)
-            late_s = run.start_s[probed[after]] - run.end_s[rows]
-            is_near = (following < len(at)) & (late_s <= _SAME_MOMENT_S)
-            both = (slow[before].astype(np.float64) + slow[np.where(is_near, after, before)]) / 2
-            result[rows] = np.where(following > 0, both, np.nan)
+            times_s = run.start_s[rows], run.end_s[rows], run.probe_s[rows]
+            result[rows] = slowness(*times_s, self._usual_s[stage])
         return result
 
 

@@ -8,11 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from traces.records import SLOW_PROBE
+from traces.probes import slowness, usual_s
 
-_USUAL = 0.01  # quantile of a stage's probes that is usual
-_PROBES = 4000  # the latest, of which that is taken
-_SAME_MOMENT_S = 0.02  # a probe later than this after a batch says nothing of it
+_PROBES = 4000  # of each stage, the latest, of which is taken what is usual
 
 
 class RankCores:
@@ -24,24 +22,17 @@ class RankCores:
     def are_quiet(
         self, batches: Mapping[str, NDArray[Any]], host: Mapping[str, NDArray[Any]]
     ) -> NDArray[np.bool_]:
-        """For each row of the tables of batches and of the host's times, whether in every stage of its batch
-        the last probe before it and the next one, unless it came much later, were as quick as usual."""
+        """For each row of the tables of batches and of the host's times, whether no probe beside its batch
+        was slow in any stage; see :func:`traces.probes.slowness`."""
         is_slow = np.zeros(len(batches["batch"]), dtype=bool)
         for stage in np.unique(batches["stage"]):
             rows = np.flatnonzero(batches["stage"] == stage)
             rows = rows[np.argsort(batches["start_s"][rows], kind="stable")]
-            taken_s = host["probe_s"][rows]
-            at = np.flatnonzero(taken_s > 0.0)
+            probe_s = host["probe_s"][rows]
             known_s = self._probes_s.setdefault(int(stage), [])
-            known_s.extend(taken_s[at].tolist())
+            known_s.extend(probe_s[probe_s > 0.0].tolist())
             del known_s[: len(known_s) - _PROBES]
-            if len(at) == 0:
-                continue
-            slow = taken_s[at] > SLOW_PROBE * float(np.quantile(known_s, _USUAL))
-            following = np.searchsorted(at, np.arange(len(rows)), side="right")
-            before = slow[np.maximum(following - 1, 0)]
-            after = np.minimum(following, len(at) - 1)
-            late_s = batches["start_s"][rows[at[after]]] - batches["end_s"][rows]
-            is_slow[rows] = before | (slow[after] & (late_s <= _SAME_MOMENT_S))
+            times_s = batches["start_s"][rows], batches["end_s"][rows], probe_s
+            is_slow[rows] = np.nan_to_num(slowness(*times_s, usual_s(known_s))) > 0.0
         slow_batches = np.bincount(batches["batch"], is_slow) > 0
         return np.asarray(~slow_batches[batches["batch"]])
