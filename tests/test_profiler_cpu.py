@@ -149,21 +149,20 @@ def test_host_rates_are_recovered() -> None:
 
 
 def test_what_serving_adds_is_recovered() -> None:
-    rng = np.random.default_rng(1)
+    rng, count = np.random.default_rng(1), 1000
     shape = {
-        "requests": 2.0 ** rng.integers(0, 7, 200),
-        "chunk": rng.choice([0.0, 64.0, 1024.0], 200),
-        "idle": rng.choice([0.0, 1.0], 200),
-        "tp": rng.choice([1.0, 2.0], 200),
-        "spp": rng.choice([1.0, 2.0], 200),
-        "kvp": rng.choice([1.0, 2.0], 200),
+        "requests": 2.0 ** rng.integers(0, 7, count),
+        "chunk": rng.choice([0.0, 64.0, 1024.0], count),
+        "idle": rng.choice([0.0, 1.0], count),
+        "tp": rng.choice([1.0, 2.0], count),
+        "spp": rng.choice([1.0, 2.0], count),
+        "kvp": rng.choice([1.0, 2.0], count),
     }
     true = ServingOverhead(4e-4, 4e-5, 3e-4, 1.7e-3, 6e-4, 8e-4, share=0.04, ranks_share=0.08)
-    operators_s = np.exp(rng.uniform(np.log(2e-3), np.log(2e-1), 200))
-    host_s = np.full(200, 3e-4)
+    operators_s = np.exp(rng.uniform(np.log(2e-3), np.log(2e-1), count))
+    host_s = np.full(count, 3e-4)
     time_s = operators_s + host_s + serving_s(true, shape, operators_s)
-    # Most iterations are of milliseconds, to whose sums a constant of one can be told from a share.
-    found = fit_serving(shape, operators_s, host_s, time_s * np.exp(rng.normal(0, 0.005, 200)))
+    found = fit_serving(shape, operators_s, host_s, time_s * np.exp(rng.normal(0, 0.01, count)))
     for name in SERVING_RATES:
         assert getattr(found, name) == pytest.approx(getattr(true, name), rel=0.25), name
     # Never less than the parts.
