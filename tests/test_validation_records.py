@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from experiments.build import build
+from experiments.cases import load_cases
 from experiments.cli import main
 
 SETS = Path(__file__).resolve().parent.parent / "experiments" / "validate"
@@ -49,6 +51,19 @@ def test_recorded_runs_are_still_explained(case: Path, tmp_path: Path) -> None:
                     error,
                     other,
                 )
+
+
+@pytest.mark.parametrize(("name", "count"), [("ci", 3), ("preemption", 2), ("full", 36)])
+def test_the_sets_mix_lengths_of_a_hundred_to_one(name: str, count: int) -> None:
+    """What is really sent in each case, not what might be."""
+    cases = load_cases(SETS / f"{name}.yaml", [])
+    assert len({case.name for case in cases}) == count
+    lengths = {}
+    for case in cases:
+        section = json.dumps(case.config.workload.model_dump(mode="json"), sort_keys=True)
+        if section not in lengths:
+            lengths[section] = build(case.config, case.where).workload.prompt_tokens
+        assert lengths[section].max() >= 100 * lengths[section].min(), case.name
 
 
 def test_there_are_records_of_every_case_of_the_small_sets() -> None:
